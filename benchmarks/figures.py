@@ -17,7 +17,7 @@ KEYS = ("figure", "value", "unit", "bar", "ok")
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A measured figure. `bar` is what was asked for, as prose or a number ("<= 5", 0.6); None: nothing was."""
+    """A measured figure. `bar` is what was asked for, as prose or a number ("<= 5", 0.6), if anything."""
 
     figure: str
     value: float | str
