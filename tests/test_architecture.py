@@ -114,7 +114,18 @@ def violations_in(source: str, module: str, *, is_package: bool = False) -> list
         else:
             continue
         found.append(Violation(module, line, name, why))
+    if in_core:
+        found.extend(clock_reads(source, module))
     return found
+
+
+def clock_reads(source: str, module: str) -> Iterator[Violation]:
+    """`datetime` values are welcome in the core; asking it for the present is a clock."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and node.attr in ("now", "utcnow", "today"):
+            owner = ast.unparse(node.value)
+            if owner.split(".")[-1] in ("date", "datetime"):
+                yield Violation(module, node.lineno, f"{owner}.{node.attr}", "the core is told the time")
 
 
 def modules() -> Iterator[tuple[Path, str]]:
@@ -159,6 +170,7 @@ def test_the_walk_sees_the_whole_repository() -> None:
         ("rayflow.core.alignment", "from random import Random", "random"),
         ("rayflow.core.alignment", "from os import path", "os"),
         ("rayflow.core.alignment", "import pyarrow as pa", "pyarrow"),
+        ("rayflow.core.alignment", "import datetime\nx = datetime.datetime.now()", "datetime.datetime.now"),
         ("rayflow.core.alignment", "from rayflow.config import JobConfig", "rayflow.config"),
         ("rayflow.core.alignment", "from rayflow import Flow", "rayflow"),
         ("rayflow.core.alignment", "from rayflow import plan", "rayflow.plan"),

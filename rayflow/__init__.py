@@ -1,0 +1,1 @@
+"""rayflow: stateful, parallel dataflow on Ray."""
