@@ -1,0 +1,278 @@
+"""The manifest: the one file that makes a checkpoint exist (rules C2, C5), and the values it is made of.
+
+`encode` and `decode` are exact inverses and deterministic: the same manifest gives the same bytes on every machine, and
+the checksum at the end covers all that stands before it. A manifest that is torn, flipped or of a newer version is
+refused with the reason; it is never half understood.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from rayflow.core.ids import Attempt, CheckpointId, SubtaskId
+from rayflow.errors import CorruptCheckpointError
+
+Json = Any
+"""A JSON value (null, bool, int, float, str, list, object with string keys); opaque to the core."""
+
+FORMAT_VERSION: Final = 1
+
+
+@dataclass(frozen=True, slots=True)
+class FileRef:
+    """A durable immutable file. ``path`` is relative to the job's checkpoint directory, with forward slashes."""
+
+    path: str
+    nbytes: int
+    checksum: str
+    """``sha256:<hex>`` of the whole file."""
+
+
+@dataclass(frozen=True, slots=True)
+class StateHandle:
+    """One named state of one operator in one subtask: an Arrow table, in a file or inline (base64 Arrow IPC file).
+
+    Keyed state is sorted by key group: ``group_rows`` lists ``(group, first row)`` in ascending order for the groups that
+    have rows, so that a subtask can restore its own range by reading a row range (rule K3).
+    """
+
+    operator: str
+    subtask: int
+    parallelism: int
+    name: str
+    rows: int
+    keyed: bool
+    file: FileRef | None = None
+    inline: str | None = None
+    group_rows: tuple[tuple[int, int], ...] = ()
+    meta: Json = None
+    """Small JSON beside the table (a watermark, a counter)."""
+
+
+@dataclass(frozen=True, slots=True)
+class SplitState:
+    """A piece of a source and how far it has been read. ``split`` and ``position`` are JSON of the source's own.
+
+    ``order`` is the place of the split in the source's reading order; pools hand out splits in that order.
+    """
+
+    source: str
+    split_id: str
+    order: int
+    split: Json
+    position: Json = None
+    """None: not begun. Otherwise where the next row is: all before it lies before the barrier."""
+
+
+@dataclass(frozen=True, slots=True)
+class Committable:
+    """What a sink prepared; committing it twice is a no-op (rule S1)."""
+
+    operator: str
+    payload: Json
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotStats:
+    """How long one subtask's part took, in seconds, and how large it was."""
+
+    start_delay_s: float = 0.0
+    alignment_s: float = 0.0
+    sync_s: float = 0.0
+    async_s: float = 0.0
+    nbytes: int = 0
+    rows: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SubtaskSnapshot:
+    """All that one subtask contributes to one checkpoint. Everything it names is durable."""
+
+    subtask: SubtaskId
+    states: tuple[StateHandle, ...] = ()
+    splits: tuple[SplitState, ...] = ()
+    """Begun and unfinished splits of a source subtask."""
+    committables: tuple[Committable, ...] = ()
+    """All that was prepared up to this checkpoint and is not known to be committed."""
+    stats: SnapshotStats = field(default_factory=SnapshotStats)
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A complete checkpoint of a whole job."""
+
+    job: str
+    checkpoint: CheckpointId
+    kind: str
+    attempt: Attempt
+    incarnation: int
+    """Which coordinator of this directory wrote it (rule C8)."""
+    run_id: str
+    created_at: float
+    """Unix seconds, for people; never used for a decision."""
+    max_parallelism: int
+    parallelism: Mapping[str, int]
+    """Chain id -> number of subtasks."""
+    operators: Mapping[str, str]
+    """Stateful operator id -> a readable description, for matching on restore."""
+    subtasks: tuple[SubtaskSnapshot, ...]
+    pending_splits: tuple[SplitState, ...] = ()
+    """Splits that no subtask had when the checkpoint was triggered."""
+    version: int = FORMAT_VERSION
+
+    def files(self) -> tuple[FileRef, ...]:
+        """Every file this manifest refers to (rule C7: they live as long as a retained manifest names them)."""
+        return tuple(s.file for sub in self.subtasks for s in sub.states if s.file is not None)
+
+    def committables(self, operator: str) -> tuple[Json, ...]:
+        return tuple(c.payload for sub in self.subtasks for c in sub.committables if c.operator == operator)
+
+
+def encode(manifest: Manifest) -> bytes:
+    """JSON text with sorted keys, one trailing newline, and a ``sha256`` member over the rest (rule C5)."""
+    body = _manifest_json(manifest)
+    body["sha256"] = _digest(body)
+    return (json.dumps(body, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def decode(data: bytes, *, path: str) -> Manifest:
+    """The manifest in ``data``.
+
+    Raises `CorruptCheckpointError` naming ``path`` when the bytes are torn, flipped or of a version not known here.
+    """
+    try:
+        body = json.loads(data)
+    except ValueError as error:
+        raise CorruptCheckpointError(f"manifest {path} is not whole: {error}; use an earlier checkpoint") from error
+    if not isinstance(body, dict):
+        raise CorruptCheckpointError(f"manifest {path} is not a JSON object; use an earlier checkpoint")
+    version = body.get("version")
+    if version != FORMAT_VERSION:
+        raise CorruptCheckpointError(
+            f"manifest {path} has format version {version!r}, this rayflow reads {FORMAT_VERSION}; upgrade rayflow"
+        )
+    stated = body.pop("sha256", None)
+    found = _digest(body)
+    if stated != found:
+        raise CorruptCheckpointError(
+            f"manifest {path} has checksum {found}, its own text says {stated}; use an earlier checkpoint"
+        )
+    try:
+        return _manifest_from(body)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptCheckpointError(f"manifest {path} lacks or misstates {error}; use an earlier checkpoint") from error
+
+
+def _digest(body: Mapping[str, Json]) -> str:
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _manifest_json(m: Manifest) -> dict[str, Json]:
+    return {
+        "version": m.version,
+        "job": m.job,
+        "checkpoint": m.checkpoint,
+        "kind": m.kind,
+        "attempt": m.attempt,
+        "incarnation": m.incarnation,
+        "run_id": m.run_id,
+        "created_at": m.created_at,
+        "max_parallelism": m.max_parallelism,
+        "parallelism": dict(m.parallelism),
+        "operators": dict(m.operators),
+        "subtasks": [snapshot_json(s) for s in m.subtasks],
+        "pending_splits": [_split_json(s) for s in m.pending_splits],
+    }
+
+
+def _manifest_from(body: Mapping[str, Json]) -> Manifest:
+    return Manifest(
+        job=str(body["job"]),
+        checkpoint=CheckpointId(int(body["checkpoint"])),
+        kind=str(body["kind"]),
+        attempt=Attempt(int(body["attempt"])),
+        incarnation=int(body["incarnation"]),
+        run_id=str(body["run_id"]),
+        created_at=float(body["created_at"]),
+        max_parallelism=int(body["max_parallelism"]),
+        parallelism={str(k): int(v) for k, v in body["parallelism"].items()},
+        operators={str(k): str(v) for k, v in body["operators"].items()},
+        subtasks=tuple(snapshot_from(s) for s in body["subtasks"]),
+        pending_splits=tuple(_split_from(s) for s in body["pending_splits"]),
+        version=int(body["version"]),
+    )
+
+
+def snapshot_json(s: SubtaskSnapshot) -> dict[str, Json]:
+    return {
+        "chain": s.subtask.chain,
+        "index": s.subtask.index,
+        "states": [_state_json(h) for h in s.states],
+        "splits": [_split_json(x) for x in s.splits],
+        "committables": [{"operator": c.operator, "payload": c.payload} for c in s.committables],
+        "stats": {
+            "start_delay_s": s.stats.start_delay_s,
+            "alignment_s": s.stats.alignment_s,
+            "sync_s": s.stats.sync_s,
+            "async_s": s.stats.async_s,
+            "nbytes": s.stats.nbytes,
+            "rows": s.stats.rows,
+        },
+    }
+
+
+def snapshot_from(body: Mapping[str, Json]) -> SubtaskSnapshot:
+    return SubtaskSnapshot(
+        subtask=SubtaskId(str(body["chain"]), int(body["index"])),
+        states=tuple(_state_from(h) for h in body["states"]),
+        splits=tuple(_split_from(x) for x in body["splits"]),
+        committables=tuple(Committable(str(c["operator"]), c["payload"]) for c in body["committables"]),
+        stats=SnapshotStats(**body["stats"]),
+    )
+
+
+def _state_json(h: StateHandle) -> dict[str, Json]:
+    file = None if h.file is None else {"path": h.file.path, "nbytes": h.file.nbytes, "checksum": h.file.checksum}
+    return {
+        "operator": h.operator,
+        "subtask": h.subtask,
+        "parallelism": h.parallelism,
+        "name": h.name,
+        "rows": h.rows,
+        "keyed": h.keyed,
+        "file": file,
+        "inline": h.inline,
+        "group_rows": [list(pair) for pair in h.group_rows],
+        "meta": h.meta,
+    }
+
+
+def _state_from(body: Mapping[str, Json]) -> StateHandle:
+    file = body["file"]
+    return StateHandle(
+        operator=str(body["operator"]),
+        subtask=int(body["subtask"]),
+        parallelism=int(body["parallelism"]),
+        name=str(body["name"]),
+        rows=int(body["rows"]),
+        keyed=bool(body["keyed"]),
+        file=None if file is None else FileRef(str(file["path"]), int(file["nbytes"]), str(file["checksum"])),
+        inline=None if body["inline"] is None else str(body["inline"]),
+        group_rows=tuple((int(g), int(r)) for g, r in body["group_rows"]),
+        meta=body["meta"],
+    )
+
+
+def _split_json(s: SplitState) -> dict[str, Json]:
+    return {"source": s.source, "split_id": s.split_id, "order": s.order, "split": s.split, "position": s.position}
+
+
+def _split_from(body: Mapping[str, Json]) -> SplitState:
+    return SplitState(
+        str(body["source"]), str(body["split_id"]), int(body["order"]), body["split"], body["position"]
+    )
