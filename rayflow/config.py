@@ -65,13 +65,13 @@ class CheckpointConfig:
         duration_us(self.timeout, what="CheckpointConfig(timeout)", minimum_us=1_000)
         duration_us(self.min_pause, what="CheckpointConfig(min_pause)")
         if self.mode not in ("exactly_once", "at_least_once"):
-            raise ConfigError(
-                f'CheckpointConfig(mode) must be "exactly_once" or "at_least_once", got {self.mode!r}'
-            )
+            raise ConfigError(f'CheckpointConfig(mode) must be "exactly_once" or "at_least_once", got {self.mode!r}')
         if self.retain < 1:
             raise ConfigError(f"CheckpointConfig(retain) must be at least 1, got {self.retain}")
         if self.tolerable_failures < 0:
-            raise ConfigError(f"CheckpointConfig(tolerable_failures) must not be negative, got {self.tolerable_failures}")
+            raise ConfigError(
+                f"CheckpointConfig(tolerable_failures) must not be negative, got {self.tolerable_failures}"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -335,4 +335,3 @@ CoordinatorAction = (
     | JobEnded
     | Note
 )
-

@@ -164,7 +164,9 @@ def decode(data: bytes, *, path: str) -> Manifest:
     try:
         return _manifest_from(body)
     except (KeyError, TypeError, ValueError) as error:
-        raise CorruptCheckpointError(f"manifest {path} lacks or misstates {error}; use an earlier checkpoint") from error
+        raise CorruptCheckpointError(
+            f"manifest {path} lacks or misstates {error}; use an earlier checkpoint"
+        ) from error
 
 
 def _digest(body: Mapping[str, Json]) -> str:
@@ -273,6 +275,4 @@ def _split_json(s: SplitState) -> dict[str, Json]:
 
 
 def _split_from(body: Mapping[str, Json]) -> SplitState:
-    return SplitState(
-        str(body["source"]), str(body["split_id"]), int(body["order"]), body["split"], body["position"]
-    )
+    return SplitState(str(body["source"]), str(body["split_id"]), int(body["order"]), body["split"], body["position"])
