@@ -1,0 +1,191 @@
+"""Event time: from a column to int microseconds since the epoch, and from rows to a watermark.
+
+W1  an emitted watermark never decreases (here: `WatermarkTracker.watermark`).
+
+A watermark w promises that **no row with event time < w follows**. A row at exactly w may still come, and a window
+[start, end) is complete as soon as end <= w. With rows at most ``max_delay_us`` behind the newest one, the watermark
+is therefore ``newest - max_delay_us``, to the microsecond, with nothing more to subtract.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from rayflow.core.ids import MIN_WATERMARK
+from rayflow.errors import ConfigError, DataError, PlanError
+from rayflow.operators.base import EventTime
+
+OnNullTime = Literal["fail", "skip"]
+
+# A window's end and a lag must not leave 64 bits. 2**62 us are 146,000 years on either side of 1970.
+TIME_BOUND_US: Final = 2**62
+_US_PER_DAY: Final = 86_400_000_000
+_US_PER_UNIT: Final = {"s": 1_000_000, "ms": 1_000, "us": 1}
+
+
+def check_event_time(schema: pa.Schema, column: str, *, step: str) -> pa.DataType:
+    """The type of the event time column; raises `PlanError` naming ``step`` when it is missing or no time."""
+    position = schema.get_field_index(column)
+    if position < 0:
+        raise PlanError(
+            f"{step} needs the event time column {column!r}, but its input has the columns {schema.names}; "
+            "name one of them"
+        )
+    kind = schema.field(position).type
+    if not is_event_time(kind):
+        raise PlanError(
+            f"{step} needs an event time column of type timestamp or date, column {column!r} is {kind}; "
+            'cast it first, for example with_columns(time=col("time").cast("timestamp[us]"))'
+        )
+    return kind
+
+
+def is_event_time(kind: pa.DataType) -> bool:
+    """Timestamps of any unit and zone, date32 and date64. A bare integer does not say its unit and is none."""
+    return pa.types.is_timestamp(kind) or pa.types.is_date(kind)
+
+
+def event_times_us(column: pa.Array | pa.ChunkedArray) -> pa.Array:
+    """Microseconds since the epoch, int64, with the nulls of ``column``.
+
+    Nanoseconds are floored, before 1970 too; a timestamp without zone counts as UTC; a date is its midnight.
+    Raises `PlanError` for another type and `DataError` for a time that does not fit in 64 bits of microseconds.
+    """
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    kind = column.type
+    if pa.types.is_timestamp(kind):
+        ticks = column.view(pa.int64())
+        return _floor_thousands(ticks) if kind.unit == "ns" else _scaled(ticks, _US_PER_UNIT[kind.unit])
+    if pa.types.is_date32(kind):
+        return _scaled(column.view(pa.int32()).cast(pa.int64()), _US_PER_DAY)
+    if pa.types.is_date64(kind):
+        return _scaled(column.view(pa.int64()), 1_000)
+    raise PlanError(f"event time must be a timestamp or a date, got {kind}; cast the column first")
+
+
+def to_timestamp(times_us: pa.Array, like: pa.DataType) -> pa.Array:
+    """int64 microseconds as ``timestamp_type(like)``, without a copy."""
+    return times_us.view(timestamp_type(like))
+
+
+def timestamp_type(like: pa.DataType) -> pa.DataType:
+    """timestamp[us] in the zone of the event time type ``like`` (none for dates)."""
+    return pa.timestamp("us", tz=like.tz if pa.types.is_timestamp(like) else None)
+
+
+def _scaled(ticks: pa.Array, factor: int) -> pa.Array:
+    if factor == 1:
+        return ticks
+    try:
+        return pc.multiply_checked(ticks, factor)
+    except pa.ArrowInvalid as error:
+        extremes = pc.min_max(ticks).as_py()
+        raise DataError(
+            f"an event time does not fit in 64 bits of microseconds: the values, in units of {factor} us, lie "
+            f"between {extremes['min']} and {extremes['max']}; filter out or repair the rows"
+        ) from error
+
+
+def _floor_thousands(ticks: pa.Array) -> pa.Array:
+    if ticks.null_count == 0:
+        return pa.array(np.floor_divide(ticks.to_numpy(), 1_000))
+    floored = np.floor_divide(ticks.fill_null(0).to_numpy(), 1_000)
+    return pa.array(floored, mask=ticks.is_null().to_numpy(zero_copy_only=False))
+
+
+class EventTimeReader:
+    """Reads the event times of batches and applies the policy for nulls; says where it stands in errors."""
+
+    def __init__(self, column: str, *, on_error: OnNullTime, where: str) -> None:
+        if on_error not in ("fail", "skip"):
+            raise ConfigError(f'{where} needs on_error "fail" or "skip", got {on_error!r}')
+        self._column = column
+        self._on_error = on_error
+        self._where = where
+        self.skipped_rows = 0
+        """Rows dropped because they have no event time."""
+
+    def read(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, pa.Array, int, int]:
+        """(rows that have a time, their times as int64 without nulls, earliest, latest).
+
+        The batch is passed on untouched when no time is null. An empty result has earliest 0 and latest -1. Raises
+        `DataError` for a null time (``on_error="fail"``) and for times beyond `TIME_BOUND_US`.
+        """
+        if self._column not in batch.schema.names:
+            check_event_time(batch.schema, self._column, step=self._where)
+        times = event_times_us(batch.column(self._column))
+        if times.null_count:
+            if self._on_error == "fail":
+                row = pc.index(times.is_null(), True).as_py()
+                raise DataError(
+                    f"{self._where}: the event time {self._column!r} is null in {times.null_count} of "
+                    f"{len(times)} rows, the first is row {row} of the batch: {batch.slice(row, 1).to_pylist()[0]}; "
+                    'filter these rows or use on_error="skip"'
+                )
+            self.skipped_rows += times.null_count
+            present = times.is_valid()
+            batch, times = batch.filter(present), times.filter(present)
+        if len(times) == 0:
+            return batch, times, 0, -1
+        values = times.to_numpy()
+        earliest, latest = int(values.min()), int(values.max())
+        if earliest < -TIME_BOUND_US or latest > TIME_BOUND_US:
+            raise DataError(
+                f"{self._where}: event times in {self._column!r} lie between {earliest} and {latest} us since the "
+                f"epoch, the bound is {TIME_BOUND_US} on either side; filter out or repair the rows"
+            )
+        return batch, times, earliest, latest
+
+
+class WatermarkTracker:
+    """Turns the rows of one source split or stream into its watermark (rule W1)."""
+
+    def __init__(self, event_time: EventTime, *, on_error: OnNullTime = "fail", where: str = "event time") -> None:
+        self._max_delay_us = event_time.max_delay_us
+        self._reader = EventTimeReader(event_time.column, on_error=on_error, where=where)
+        self.watermark = MIN_WATERMARK
+        """No row with event time below it follows. Stays `MIN_WATERMARK` without a max delay."""
+        self.newest: int | None = None
+        """Largest event time seen, us; None before the first row."""
+
+    @property
+    def skipped_rows(self) -> int:
+        return self._reader.skipped_rows
+
+    def observe(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """Take the event times of ``batch`` into account; returns it, without the rows skipped for a null time."""
+        batch, _, _, latest = self._reader.read(batch)
+        if batch.num_rows and (self.newest is None or latest > self.newest):
+            self.newest = latest
+            if self._max_delay_us is not None:
+                self.watermark = max(self.watermark, latest - self._max_delay_us)
+        return batch
+
+    def position(self) -> Any:
+        """JSON to store beside a source position, so that a restored tracker goes on from where it was."""
+        return self.newest
+
+    def restore(self, position: Any) -> None:
+        """Take back what `position` gave."""
+        if position is not None:
+            self.newest = int(position)
+            if self._max_delay_us is not None:
+                self.watermark = self.newest - self._max_delay_us
+
+
+__all__ = [
+    "TIME_BOUND_US",
+    "EventTimeReader",
+    "OnNullTime",
+    "WatermarkTracker",
+    "check_event_time",
+    "event_times_us",
+    "is_event_time",
+    "timestamp_type",
+    "to_timestamp",
+]
