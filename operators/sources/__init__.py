@@ -1,0 +1,1 @@
+"""Sources: replayable inputs. See `rayflow.operators.base.Source` for the contract."""
