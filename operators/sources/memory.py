@@ -108,7 +108,8 @@ class GeneratorSource(Source):
 
     Called again with the same arguments it must yield the same rows in the same order, or exactly-once is lost (rule
     R2); where one batch ends and the next begins may differ. ``splits`` is a number (then ``split`` is 0, 1, …) or a
-    list of JSON values. A batch of no rows, or None, means: nothing just now. ``bounded=False`` says that it never ends.
+    list of JSON values. A batch of no rows, or None, means: nothing just now. ``bounded=False`` says that it never
+    ends.
 
     The function runs on the loop thread of its subtask: while it blocks, nothing else happens there, checkpoints
     included, so an unbounded source yields None instead of waiting longer than some 100 ms.

@@ -48,6 +48,8 @@ def rows(source: Source, split: Json, position: Json = None) -> pa.Table:
 
 
 def read_all(source: Source) -> pa.Table:
+    schema = source.schema()
+    assert schema is not None
     return pa.concat_tables([schema.empty_table(), *(rows(source, split) for _, split in source.discover())])
 
 
