@@ -1,0 +1,264 @@
+"""Exactly-once files: written aside, made durable by the pre-commit, made visible by the commit (DESIGN 7, rule S1).
+
+Nothing of an interval shows in the output before its checkpoint is complete. The names of files are a function of the
+subtask, the checkpoint that sealed them and a counter; checkpoint ids are never used twice (rule C4), so names are not
+either. The format of the files and the place they go to are parts: a `FileFormat` and a `Target`.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import pyarrow as pa
+
+from rayflow.core.ids import CheckpointId
+from rayflow.core.manifest import Json
+from rayflow.errors import DataError, StorageError
+from rayflow.operators.base import FrozenState, OperatorContext, SinkOperator
+from rayflow.operators.sources.schemas import conform, describe, difference, plain, same_columns
+
+FLUSH_ROWS = 131_072
+FLUSH_BYTES = 32 * 1024 * 1024
+"""Rows are buffered until one of these is reached and then encoded together (in Parquet: one row group)."""
+
+
+class FileWriter(Protocol):
+    """Writes one local file."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def write(self, batches: Sequence[pa.RecordBatch]) -> None: ...
+
+    def finish(self) -> None:
+        """Complete and close the file; not yet durable."""
+
+    def abandon(self) -> None:
+        """Release what is held, after a failure; never raises."""
+
+
+class FileFormat(Protocol):
+    """Immutable and picklable."""
+
+    @property
+    def suffix(self) -> str: ...
+
+    def create(self, path: str, schema: pa.Schema) -> FileWriter: ...
+
+
+class Target(ABC):
+    """Where finished files go. Immutable and picklable; one instance serves one subtask or the coordinator."""
+
+    @abstractmethod
+    def new_path(self, ctx: OperatorContext, seq: int, suffix: str) -> str:
+        """A local path to write file number ``seq`` of this attempt to, in a folder that exists."""
+
+    @abstractmethod
+    def prepare(self, path: str, final: str, rows: int) -> Json:
+        """Make the finished file at ``path`` durable but not visible; returns its committable. May be tried again."""
+
+    def close(self) -> None:
+        """The subtask is over: release what only this process uses."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rolling:
+    """When a file is long enough."""
+
+    max_rows: int | None = None
+    max_bytes: int = 512 * 1024 * 1024
+
+
+class _OpenFile:
+    """A file being written, with its buffer. Used by the loop thread until it is sealed, then by the uploader only."""
+
+    def __init__(self, path: str, schema: pa.Schema, format: FileFormat) -> None:
+        self.path = path
+        self.rows = 0
+        self._schema = schema
+        self._format = format
+        self._writer: FileWriter | None = None
+        self._buffer: list[pa.RecordBatch] = []
+        self._buffered_rows = 0
+        self._buffered_bytes = 0
+        self._finished = False
+        self._failure: Exception | None = None
+        """A file that failed half-way cannot be continued: whoever asks for it again gets the same error."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes written and waiting, about."""
+        return self._buffered_bytes + (self._writer.nbytes if self._writer is not None else 0)
+
+    def add(self, batch: pa.RecordBatch) -> None:
+        self._buffer.append(batch)
+        self.rows += batch.num_rows
+        self._buffered_rows += batch.num_rows
+        self._buffered_bytes += batch.nbytes
+        if self._buffered_rows >= FLUSH_ROWS or self._buffered_bytes >= FLUSH_BYTES:
+            self._flush()
+
+    def finish(self) -> None:
+        """Complete; calling it again after success does nothing."""
+        if self._finished:
+            return
+        self._flush()
+        assert self._writer is not None
+        try:
+            self._writer.finish()
+        except Exception as error:
+            self._failure = error
+            raise
+        self._finished = True
+
+    def abandon(self) -> None:
+        if self._writer is not None and not self._finished:
+            self._writer.abandon()
+
+    def _flush(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        if self._writer is None:
+            self._writer = self._format.create(self.path, self._schema)
+        try:
+            if self._buffer:
+                self._writer.write(self._buffer)
+        except Exception as error:
+            self._failure = error
+            raise
+        self._buffer, self._buffered_rows, self._buffered_bytes = [], 0, 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Sealed:
+    checkpoint: CheckpointId
+    file: _OpenFile
+    final: str
+
+
+class FileSinkOperator(SinkOperator):
+    """Writes batches to files. `snapshot` takes O(1): closing and syncing the files is the uploader's work.
+
+    Batches must all have one schema (the first one's). A file that could not be prepared stays in the queue and is
+    tried again with the next checkpoint, so that an aborted upload loses no rows.
+    """
+
+    def __init__(self, format: FileFormat, target: Target, rolling: Rolling, *, unique_names: bool) -> None:
+        self._format = format
+        self._target = target
+        self._rolling = rolling
+        self._unique_names = unique_names
+        self._schema: pa.Schema | None = None
+        self._file: _OpenFile | None = None
+        self._full: list[_OpenFile] = []
+        self._created = 0
+        self._closed = False
+        self._lock = threading.Lock()  # guards the two below, which the uploader thread shares
+        self._sealed: list[_Sealed] = []
+        self._ready: list[tuple[CheckpointId, Json]] = []
+
+    def process(self, batch: pa.RecordBatch, input_index: int) -> None:
+        if not batch.num_rows:
+            return
+        batch = self._conformed(batch)
+        try:
+            while batch.num_rows:
+                file = self._current(batch.schema)
+                room = batch.num_rows if self._rolling.max_rows is None else self._rolling.max_rows - file.rows
+                file.add(batch.slice(0, room))
+                batch = batch.slice(room)
+                full = self._rolling.max_rows is not None and file.rows >= self._rolling.max_rows
+                if full or file.nbytes >= self._rolling.max_bytes:
+                    file.finish()
+                    self._full.append(file)
+                    self._file = None
+        except OSError as error:
+            raise _storage_error(self.ctx, error) from error
+        except pa.ArrowException as error:
+            raise DataError(f"{self.ctx} cannot write {describe(batch.schema)}: {error}") from error
+
+    def snapshot(self, checkpoint: CheckpointId) -> FrozenState | None:
+        files = [*self._full, *([self._file] if self._file is not None else [])]
+        self._full, self._file = [], None
+        with self._lock:
+            self._sealed += [_Sealed(checkpoint, f, self._name(checkpoint, i)) for i, f in enumerate(files)]
+            if not self._sealed and not self._ready:
+                return None
+        return FrozenState(prepare=partial(self._prepare, checkpoint))
+
+    def close(self) -> None:
+        for file in [*self._full, *([self._file] if self._file is not None else [])]:
+            file.abandon()
+        self._full, self._file = [], None
+        self._closed = True
+        self._release()
+
+    def _release(self) -> None:
+        """Never waits for an upload: whoever of the two threads comes last does it."""
+        if self._lock.acquire(blocking=False):
+            try:
+                for sealed in self._sealed:
+                    sealed.file.abandon()
+                self._sealed = []
+                self._target.close()
+            finally:
+                self._lock.release()
+
+    def _prepare(self, checkpoint: CheckpointId) -> Sequence[Json]:
+        """On the uploader thread."""
+        try:
+            return self._prepare_up_to(checkpoint)
+        finally:
+            if self._closed:
+                self._release()
+
+    def _prepare_up_to(self, checkpoint: CheckpointId) -> Sequence[Json]:
+        """Not beyond this checkpoint: later rows do not lie before its barrier (rule A3)."""
+        with self._lock:
+            while self._sealed and self._sealed[0].checkpoint <= checkpoint:
+                sealed = self._sealed[0]
+                try:
+                    sealed.file.finish()
+                    payload = self._target.prepare(sealed.file.path, sealed.final, sealed.file.rows)
+                except OSError as error:
+                    raise _storage_error(self.ctx, error) from error
+                except pa.ArrowException as error:
+                    raise DataError(f"{self.ctx} cannot write {sealed.final}: {error}") from error
+                self._ready.append((sealed.checkpoint, payload))
+                del self._sealed[0]
+            due = [payload for n, payload in self._ready if n <= checkpoint]
+            self._ready = [(n, payload) for n, payload in self._ready if n > checkpoint]
+            return due
+
+    def _current(self, schema: pa.Schema) -> _OpenFile:
+        if self._file is None:
+            path = self._target.new_path(self.ctx, self._created, self._format.suffix)
+            self._created += 1
+            self._file = _OpenFile(path, schema, self._format)
+        return self._file
+
+    def _conformed(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        got = plain(batch.schema)
+        if self._schema is None:
+            self._schema = got
+        elif not same_columns(got, self._schema):
+            raise DataError(
+                f"{self.ctx} cannot write batches of two schemas to one output: {difference(self._schema, got)}; "
+                f"expected {describe(self._schema)}, got {describe(got)}; cast them alike before the sink"
+            )
+        return conform(batch, self._schema)
+
+    def _name(self, checkpoint: CheckpointId, seq: int) -> str:
+        run = f"-{self.ctx.run_id}" if self._unique_names else ""
+        return f"part-{self.ctx.subtask:05d}-{checkpoint:08d}-{seq:04d}{run}{self._format.suffix}"
+
+
+def _storage_error(ctx: OperatorContext, error: OSError) -> StorageError:
+    return StorageError(
+        f"{ctx} cannot write its output: {error}; nothing committed is lost, free space or fix the path"
+    )
