@@ -114,8 +114,8 @@ SubtaskAction = (
 class Recovered:
     """Storage was read at the start or after a failure; the answer to `LoadLatest`.
 
-    ``manifest`` is the newest whole one that counts, None when there is none. ``next_checkpoint`` is above every id ever
-    seen in the directory (rule C4).
+    ``manifest`` is the newest whole one that counts, None when there is none. ``next_checkpoint`` is above every id
+    ever seen in the directory (rule C4).
     """
 
     manifest: Manifest | None
@@ -150,7 +150,7 @@ class Reported:
 
 @dataclass(frozen=True, slots=True)
 class SubtaskDied:
-    """The process of a subtask is gone. ``incarnation`` is that of `StartSubtask`, so that late news changes nothing."""
+    """The process of a subtask is gone. ``incarnation`` is that of `StartSubtask`: late news changes nothing."""
 
     subtask: SubtaskId
     incarnation: int
@@ -216,7 +216,14 @@ CoordinatorEvent = (
 
 @dataclass(frozen=True, slots=True)
 class LoadLatest:
-    """Read the newest manifest that counts and discover splits; answer `Recovered` or `RecoveryFailed`."""
+    """Read the newest manifest that counts and discover splits; answer `Recovered` or `RecoveryFailed`.
+
+    ``unresolved``: checkpoints whose manifest write was sent out and whose outcome is not known. Before it answers, the
+    shell decides each for good: it creates a void mark in the manifest's place if that is absent (then the write can
+    never succeed, because manifests are create-if-absent), or finds the manifest there (then it counts).
+    """
+
+    unresolved: tuple[CheckpointId, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

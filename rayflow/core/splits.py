@@ -1,0 +1,136 @@
+"""The splits of one source that no subtask has, and who is to get the next.
+
+Splits are handed out one a request, in their ``order``: a slow subtask asks less often and reads fewer. A pool is
+never told that a split has been read: a subtask carries its begun splits in its own snapshots, and asks again when it
+is done.
+
+**What a checkpoint holds of the pool.** `snapshot` is taken at the moment the checkpoint is triggered. Commands to a
+subtask are a FIFO, so a split assigned before the trigger reaches the subtask before the trigger does and stands in the
+subtask's snapshot (or was read up before the barrier); one assigned after the trigger reaches it after its barrier and
+stands in the pool's snapshot. Each split stands in exactly one of them (rule R1), never in both, never in none.
+
+After a failure nothing is taken back split by split: the pool is made anew from the manifest by `restore`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+from rayflow.core.ids import SubtaskId
+from rayflow.core.manifest import SplitState
+from rayflow.core.messages import Assign
+from rayflow.errors import ProtocolError
+
+
+class SplitOutcome(Enum):
+    ACCEPTED = "accepted"
+    """Answered at once, or waiting until splits are added or the pool is closed."""
+    DUPLICATE = "duplicate"
+    """The subtask is waiting already."""
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    subtask: SubtaskId
+    assign: Assign
+
+
+class SplitPool:
+    """Splits of ``source``. Starts empty and open; see `restore`, `add`, `close`."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.closed = False  # nothing is ever added again in this attempt
+        self._pending: list[SplitState] = []  # ascending by (order, split_id)
+        self._known: set[str] = set()  # ids in _pending and _assigned
+        self._assigned: dict[str, SubtaskId] = {}  # split id -> who got it in this attempt
+        self._waiting: list[SubtaskId] = []  # first come, first served; empty whenever _pending is not
+
+    @property
+    def exhausted(self) -> bool:
+        """Nothing is left and nothing will come."""
+        return self.closed and not self._pending
+
+    @property
+    def waiting(self) -> tuple[SubtaskId, ...]:
+        return tuple(self._waiting)
+
+    def assigned_to(self, subtask: SubtaskId) -> tuple[str, ...]:
+        """Ids of the splits the subtask was given in this attempt, in the order given."""
+        return tuple(split for split, owner in self._assigned.items() if owner == subtask)
+
+    def snapshot(self) -> tuple[SplitState, ...]:
+        """The splits nobody has, for the checkpoint that is triggered now."""
+        return tuple(self._pending)
+
+    def restore(self, splits: Iterable[SplitState]) -> None:
+        """Begin a new attempt with these: pending ones and begun ones with their positions (rule R2).
+
+        The pool is open again and nobody waits. Raises `ProtocolError` when a split stands twice.
+        """
+        self.closed = False
+        self._pending.clear()
+        self._known.clear()
+        self._assigned.clear()
+        self._waiting.clear()
+        for split in splits:
+            if split.split_id in self._known:
+                raise ProtocolError(
+                    f"split {split.split_id!r} of source {self.source} stands twice in the checkpoint: its rows "
+                    "would be read twice (rule R1)"
+                )
+            self._insert(split)
+        self._sort()
+
+    def add(self, splits: Iterable[SplitState]) -> tuple[Assignment, ...]:
+        """Newly discovered splits; those known already change nothing. The answers to those who waited."""
+        if self.closed:
+            raise ProtocolError(f"splits were added to source {self.source}, which had said that none will follow")
+        for split in splits:
+            if split.split_id not in self._known:
+                self._insert(split)
+        self._sort()
+        return self._serve()
+
+    def close(self) -> tuple[Assignment, ...]:
+        """No split will follow: a bounded source, or the end of discovery. The answers to those who waited."""
+        self.closed = True
+        return self._serve()
+
+    def request(self, subtask: SubtaskId) -> tuple[SplitOutcome, tuple[Assignment, ...]]:
+        """The subtask has nothing left to read. ``no_more`` comes with the last split, so that nobody asks in vain."""
+        if subtask in self._waiting:
+            return SplitOutcome.DUPLICATE, ()
+        self._waiting.append(subtask)
+        return SplitOutcome.ACCEPTED, self._serve()
+
+    def _insert(self, split: SplitState) -> None:
+        if split.source != self.source:
+            raise ProtocolError(f"split {split.split_id!r} of source {split.source} came to the pool of {self.source}")
+        self._known.add(split.split_id)
+        self._pending.append(split)
+
+    def _sort(self) -> None:
+        self._pending.sort(key=lambda s: (s.order, s.split_id))
+
+    def _serve(self) -> tuple[Assignment, ...]:
+        answers: list[Assignment] = []
+        while self._waiting and (self._pending or self.closed):
+            subtask = self._waiting.pop(0)
+            splits: tuple[SplitState, ...] = ()
+            if self._pending:
+                splits = (self._pending.pop(0),)
+                self._assigned[splits[0].split_id] = subtask
+            answers.append(Assignment(subtask, Assign(splits, no_more=self.exhausted)))
+        return tuple(answers)
+
+    def check_invariants(self) -> None:
+        pending = {s.split_id for s in self._pending}
+        assert len(pending) == len(self._pending), "a split stands twice"
+        assert not pending & self._assigned.keys(), "a split is pending and assigned"
+        assert self._known == pending | self._assigned.keys()
+        assert not (self._waiting and (self._pending or self.closed)), "somebody waits in vain"
+        assert len(set(self._waiting)) == len(self._waiting)
+        assert self._pending == sorted(self._pending, key=lambda s: (s.order, s.split_id))
