@@ -1,1 +1,78 @@
-"""rayflow: stateful, parallel dataflow on Ray."""
+"""rayflow: a stateful, parallel dataflow engine for Python, exactly-once on Ray."""
+
+from rayflow.config import CheckpointConfig, JobConfig, Restart
+from rayflow.errors import (
+    ClusterError,
+    CommitLostError,
+    ConfigError,
+    CorruptCheckpointError,
+    DataError,
+    FencedError,
+    JobCancelledError,
+    JobFailedError,
+    PlanError,
+    RayflowError,
+    StorageError,
+    UserCodeError,
+)
+from rayflow.expressions import Expr, coalesce, col, lit, when
+from rayflow.flow import Flow
+from rayflow.operators.aggregates import count, first, last, max, mean, min, stddev, sum
+from rayflow.operators.windows import tumbling
+from rayflow.runtime.results import JobResult, JobStatus, SubtaskInfo
+from rayflow.stream import (
+    KeyedStream,
+    Stream,
+    from_arrow,
+    from_generator,
+    read_csv,
+    read_json,
+    read_parquet,
+    read_source,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointConfig",
+    "ClusterError",
+    "CommitLostError",
+    "ConfigError",
+    "CorruptCheckpointError",
+    "DataError",
+    "Expr",
+    "FencedError",
+    "Flow",
+    "JobCancelledError",
+    "JobConfig",
+    "JobFailedError",
+    "JobResult",
+    "JobStatus",
+    "KeyedStream",
+    "PlanError",
+    "RayflowError",
+    "Restart",
+    "StorageError",
+    "Stream",
+    "SubtaskInfo",
+    "UserCodeError",
+    "coalesce",
+    "col",
+    "count",
+    "first",
+    "from_arrow",
+    "from_generator",
+    "last",
+    "lit",
+    "max",
+    "mean",
+    "min",
+    "read_csv",
+    "read_json",
+    "read_parquet",
+    "read_source",
+    "stddev",
+    "sum",
+    "tumbling",
+    "when",
+]

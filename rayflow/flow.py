@@ -1,0 +1,194 @@
+"""`Flow`: the job as the user built it, and how it is run."""
+
+from __future__ import annotations
+
+import sys
+import uuid
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
+
+from rayflow.config import CheckpointConfig, JobConfig
+from rayflow.core.events import JobState
+from rayflow.errors import ConfigError, JobCancelledError, JobFailedError, PlanError
+from rayflow.plan import Plan, build_plan
+from rayflow.runtime.coordinator_loop import MEMORY_STATE_BYTES, settings_of
+from rayflow.runtime.inprocess import World
+from rayflow.runtime.local import LocalDriver
+from rayflow.runtime.results import JobResult, collected
+from rayflow.runtime.subtask_loop import JobSpec
+from rayflow.storage.checkpoints import CheckpointStore
+from rayflow.storage.filesystem import ObjectStore
+from rayflow.storage.layout import job_root
+from rayflow.storage.snapshots import SnapshotStore
+from rayflow.storage.store import MemoryStore, Store
+from rayflow.stream import Sink
+
+if TYPE_CHECKING:
+    from rayflow.cluster.job import Job
+
+Start = Literal["latest", "fresh"]
+
+
+class Flow:
+    """A named job: sinks and everything above them. Building it touches neither Ray nor data."""
+
+    def __init__(self, name: str, *sinks: Sink) -> None:
+        if not isinstance(name, str) or not name.strip():
+            raise PlanError(f"a flow needs a name, got {name!r}; the checkpoint folder is called by it")
+        if not sinks:
+            raise PlanError(
+                f"flow {name!r} has no sink; end a stream with .write_parquet(path), .collect() or .print()"
+            )
+        for sink in sinks:
+            if not isinstance(sink, Sink):
+                raise PlanError(
+                    f"flow {name!r} takes sinks, got {type(sink).__name__}; end the stream with .write_parquet(path), "
+                    ".collect() or .print()"
+                )
+        self.name = name
+        self.sinks = sinks
+
+    def plan(self, *, parallelism: int = 1, config: JobConfig | None = None, look: bool = True) -> Plan:
+        """The physical plan. With ``look`` sources may look into their input, so that all columns and types are
+        checked."""
+        config = config or JobConfig()
+        return build_plan(
+            self.name,
+            [s.node for s in self.sinks],
+            parallelism=parallelism,
+            max_parallelism=config.max_parallelism,
+            look=look,
+        )
+
+    def explain(self, *, parallelism: int = 1, config: JobConfig | None = None) -> str:
+        """The plan as text: chains, parallelism, edges, state, keys, event time."""
+        from rayflow.explain import explain
+
+        return explain(self.plan(parallelism=parallelism, config=config))
+
+    def to_mermaid(self, *, parallelism: int = 1, config: JobConfig | None = None) -> str:
+        """The plan as a Mermaid flowchart."""
+        from rayflow.explain import to_mermaid
+
+        return to_mermaid(self.plan(parallelism=parallelism, config=config))
+
+    def run(
+        self,
+        *,
+        parallelism: int | None = None,
+        checkpoints: CheckpointConfig | None = None,
+        config: JobConfig | None = None,
+        local: bool = False,
+        start: Start = "latest",
+        progress: bool | None = None,
+    ) -> JobResult:
+        """Run to the end and return the result; on Ray, or with ``local=True`` in this process.
+
+        ``start="latest"`` goes on from the newest checkpoint in the directory, if there is one (a finished job is then
+        finished at once); ``"fresh"`` refuses a directory that has any. ``progress`` shows a line on a terminal.
+
+        Raises `PlanError` before anything starts, `JobFailedError` with the cause when the job ends with an error.
+        """
+        if local:
+            return run_local(
+                self.plan(parallelism=parallelism or 1, config=config), config or JobConfig(), checkpoints, start=start
+            )
+        job = self.submit(parallelism=parallelism, checkpoints=checkpoints, config=config, start=start)
+        from rayflow.progress import wait_with_progress
+
+        shown = sys.stderr.isatty() if progress is None else progress
+        return wait_with_progress(job) if shown else job.wait()
+
+    def submit(
+        self,
+        *,
+        parallelism: int | None = None,
+        checkpoints: CheckpointConfig | None = None,
+        config: JobConfig | None = None,
+        start: Start = "latest",
+    ) -> Job:
+        """Start on Ray and return at once; the job goes on when this process ends."""
+        from rayflow.cluster.deploy import connect, default_parallelism
+        from rayflow.cluster.job import submit
+
+        config = config or JobConfig()
+        connect()
+        plan = self.plan(parallelism=parallelism or default_parallelism(), config=config)
+        return submit(plan, config, checkpoints, run_id=new_run_id(), start=start)
+
+    def __repr__(self) -> str:
+        return f"<Flow {self.name!r} with {len(self.sinks)} sinks>"
+
+
+def new_run_id() -> str:
+    return uuid.uuid4().hex[:12]
+
+
+def open_stores(
+    plan: Plan, config: JobConfig, checkpoints: CheckpointConfig | None, *, start: Start
+) -> tuple[CheckpointStore, SnapshotStore, bool]:
+    """(checkpoint store, snapshot store, whether state is held in memory) for a job.
+
+    Raises `ConfigError` for ``state="fs"`` without a URL, and for ``start="fresh"`` on a directory with checkpoints.
+    """
+    if checkpoints is None and config.state == "fs":
+        raise ConfigError('JobConfig(state="fs") needs a place for files; pass checkpoints=CheckpointConfig(url)')
+    in_memory = checkpoints is None or config.state == "memory"
+    store: Store
+    if checkpoints is None or in_memory:
+        store = MemoryStore()
+    else:
+        store = ObjectStore(job_root(checkpoints.url, plan.name), dict(checkpoints.storage_options))
+    found = CheckpointStore(store, plan.name)
+    if start == "fresh" and (old := found.list()):
+        raise ConfigError(
+            f"job {plan.name!r} has {len(old)} checkpoints in {checkpoints.url if checkpoints else 'memory'}, "
+            'and start="fresh" was asked for; choose another folder, or start="latest" to go on'
+        )
+    snapshots = (
+        SnapshotStore(store, plan.max_parallelism, inline_max_bytes=None)
+        if in_memory
+        else SnapshotStore(store, plan.max_parallelism)
+    )
+    return found, snapshots, in_memory
+
+
+def run_local(
+    plan: Plan,
+    config: JobConfig,
+    checkpoints: CheckpointConfig | None,
+    *,
+    start: Start = "latest",
+    on_round: Callable[[World], None] | None = None,
+) -> JobResult:
+    """Run the plan in this process, without Ray, in a fixed order and with virtual time."""
+    store, snapshots, in_memory = open_stores(plan, config, checkpoints, start=start)
+    exactly_once = checkpoints is None or checkpoints.mode == "exactly_once"
+    spec = JobSpec(plan, config, exactly_once, new_run_id(), heartbeat_s=None)
+    world = World(
+        plan,
+        spec,
+        settings_of(config, checkpoints),
+        checkpoints=store,
+        snapshots=snapshots,
+        retain=checkpoints.retain if checkpoints else 1,
+        memory_bound=MEMORY_STATE_BYTES if in_memory else None,
+    )
+    LocalDriver(world, on_round=on_round).run()
+    outcome, machine = world.coordinator.outcome, world.coordinator.machine
+    if outcome.state is JobState.FAILED:
+        cause = outcome.cause
+        message = f"job {plan.name!r} failed: {cause.message if cause else 'unknown cause'}"
+        raise JobFailedError(message) from world.last_error
+    if outcome.state is JobState.CANCELLED:
+        raise JobCancelledError(f"job {plan.name!r} was cancelled")
+    assert outcome.state is not None
+    return JobResult(
+        name=plan.name,
+        status=outcome.state.value,
+        checkpoint=outcome.manifest.checkpoint if outcome.manifest else None,
+        restarts=machine.restarts,
+        tables=collected(plan, outcome.manifest, snapshots),
+        timeline=tuple(outcome.timeline),
+        metrics=dict(world.metrics),
+    )

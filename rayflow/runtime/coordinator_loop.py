@@ -1,0 +1,292 @@
+"""The coordinator's loop: performs the actions of the pure `CoordinatorMachine` through a `CoordinatorHost`.
+
+Everything that touches storage or sinks runs as a background task, one at a time and in order, and comes back as an
+event: the loop itself never waits. C2 lives in the order of two events: `ManifestWritten` is only ever told after
+`CheckpointStore.commit` has returned, and only the machine's answer to it tells a subtask to commit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, assert_never
+
+from rayflow.config import CheckpointConfig, JobConfig, duration_us
+from rayflow.core.coordinator import CoordinatorMachine, CoordinatorSettings
+from rayflow.core.events import (
+    CleanUp,
+    CoordinatorAction,
+    CoordinatorEvent,
+    DiscardCheckpoint,
+    JobCleaned,
+    JobEnded,
+    JobState,
+    LoadLatest,
+    ManifestFailed,
+    ManifestWritten,
+    Note,
+    Recovered,
+    RecoverSinks,
+    RecoveryFailed,
+    Retain,
+    SendCommand,
+    SinksFailed,
+    SinksRecovered,
+    StartSubtask,
+    StopSubtask,
+    WriteManifest,
+)
+from rayflow.core.ids import Attempt, SubtaskId
+from rayflow.core.manifest import Manifest, SplitState
+from rayflow.core.messages import CommandEnvelope, FailureCause
+from rayflow.core.restart import RestartSpec
+from rayflow.errors import FencedError, StateTooLargeError
+from rayflow.operators.base import Committer
+from rayflow.plan import Plan
+from rayflow.runtime.subtask_loop import cause_of
+from rayflow.storage.checkpoints import CheckpointStore, Incarnation
+
+MEMORY_STATE_BYTES = 64 * 1024 * 1024
+"""Bound of ``state="memory"``: snapshots of the whole job held by the coordinator."""
+
+
+class CoordinatorHost(Protocol):
+    """The world around the coordinator. All methods return at once."""
+
+    def now(self) -> float:
+        """Seconds of a clock that never goes back."""
+
+    def wall_time(self) -> float:
+        """Unix seconds, for people."""
+
+    def start_subtask(self, subtask: SubtaskId, incarnation: int) -> None: ...
+
+    def stop_subtask(self, subtask: SubtaskId, incarnation: int) -> None: ...
+
+    def send(self, envelope: CommandEnvelope) -> None: ...
+
+    def background(self, task: Callable[[], CoordinatorEvent | None]) -> None:
+        """Run the task off the loop, one at a time and in order; what it returns comes as an event."""
+
+
+@dataclass(frozen=True, slots=True)
+class TimelineEntry:
+    """One line of the story of a job: seconds of the host's clock, what, detail."""
+
+    at: float
+    what: str
+    detail: str = ""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """How the job ended; ``state`` None while it runs."""
+
+    state: JobState | None = None
+    cause: FailureCause | None = None
+    manifest: Manifest | None = None
+    """The newest complete one of this coordinator's life."""
+    timeline: list[TimelineEntry] = field(default_factory=list)
+
+
+def settings_of(config: JobConfig, checkpoints: CheckpointConfig | None) -> CoordinatorSettings:
+    """The core's settings; without checkpoints only the final one is taken."""
+    restart = config.restart
+    return CoordinatorSettings(
+        interval_s=None if checkpoints is None else duration_us(checkpoints.interval) / 1e6,
+        timeout_s=600.0 if checkpoints is None else duration_us(checkpoints.timeout) / 1e6,
+        min_pause_s=0.0 if checkpoints is None else duration_us(checkpoints.min_pause) / 1e6,
+        tolerable_failures=3 if checkpoints is None else checkpoints.tolerable_failures,
+        hang_timeout_s=duration_us(config.hang_timeout) / 1e6,
+        restart=RestartSpec(
+            strategy=restart.strategy,
+            initial_s=restart.initial_s,
+            factor=restart.factor,
+            max_s=restart.max_s,
+            reset_after_s=restart.reset_after_s,
+            max_attempts=restart.max_attempts,
+            same_failure_limit=restart.same_failure_limit,
+        ),
+    )
+
+
+class CoordinatorRuntime:
+    """One coordinator of one job: `handle` applies an event and performs what the machine answers."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        settings: CoordinatorSettings,
+        *,
+        run_id: str,
+        store: CheckpointStore,
+        retain: int,
+        host: CoordinatorHost,
+        memory_bound: int | None = None,
+    ) -> None:
+        self.machine = CoordinatorMachine(plan.topology(), settings)
+        self.outcome = Outcome()
+        self._plan = plan
+        self._run_id = run_id
+        self._store = store
+        self._retain = retain
+        self._host = host
+        self._memory_bound = memory_bound
+        self._incarnation: Incarnation | None = None
+        self._discovered: tuple[SplitState, ...] | None = None
+        self._committers: dict[str, Committer] = {}
+        for operator, planned in plan.sinks().items():
+            if (committer := planned.factory.committer()) is not None:
+                self._committers[operator] = committer
+        self._operators = {o.id: o.title for o in plan.operators().values() if o.stateful}
+
+    @property
+    def ended(self) -> bool:
+        return self.outcome.state is not None
+
+    def start(self) -> None:
+        self._perform(self.machine.start(self._host.now()))
+
+    def handle(self, event: CoordinatorEvent) -> None:
+        if not self.ended:
+            self._perform(self.machine.handle(event, self._host.now()))
+
+    def next_deadline(self) -> float | None:
+        return None if self.ended else self.machine.next_deadline()
+
+    def _perform(self, actions: Sequence[CoordinatorAction]) -> None:
+        for action in actions:
+            match action:
+                case SendCommand(attempt, subtask, sequence, command):
+                    self._host.send(CommandEnvelope(attempt, subtask, sequence, command))
+                case StartSubtask(subtask, incarnation):
+                    self._host.start_subtask(subtask, incarnation)
+                case StopSubtask(subtask, incarnation):
+                    self._host.stop_subtask(subtask, incarnation)
+                case LoadLatest():
+                    self._host.background(self._load)
+                case RecoverSinks(attempt, manifest):
+                    self._host.background(self._recover_sinks(attempt, manifest))
+                case WriteManifest():
+                    self._host.background(self._write_manifest(action))
+                case DiscardCheckpoint(checkpoint):
+                    self._host.background(_quietly(self._store.discard, checkpoint))
+                case Retain(newest):
+                    self._host.background(_quietly(self._store.retain, newest, self._retain))
+                case CleanUp(outcome, manifest_complete):
+                    self._host.background(self._clean_up(outcome, manifest_complete))
+                case JobEnded(outcome, cause):
+                    self.outcome.state, self.outcome.cause = outcome, cause
+                    self._note("job ended", outcome.value + (f": {cause.message}" if cause else ""))
+                case Note(what, detail):
+                    self._note(what, detail)
+                case _:
+                    assert_never(action)
+
+    def _note(self, what: str, detail: str) -> None:
+        self.outcome.timeline.append(TimelineEntry(self._host.now(), what, detail))
+
+    # ------------------------------------------------------------------------------------------------ background tasks
+
+    def _load(self) -> CoordinatorEvent:
+        try:
+            if self._incarnation is None:
+                self._incarnation = self._store.claim()
+            else:
+                self._incarnation = self._store.latest(self._incarnation)
+            found = self._incarnation
+            discovered: tuple[SplitState, ...] = ()
+            if found.manifest is None:
+                if self._discovered is None:
+                    self._discovered = self._discover()
+                discovered = self._discovered
+            else:
+                self.outcome.manifest = found.manifest
+            return Recovered(found.manifest, found.next_checkpoint, found.next_attempt, discovered)
+        except Exception as error:
+            return RecoveryFailed(cause_of(error, where="recovery"))
+
+    def _discover(self) -> tuple[SplitState, ...]:
+        return tuple(
+            SplitState(source, split_id, order, split)
+            for source, planned in self._plan.sources().items()
+            for order, (split_id, split) in enumerate(planned.source.discover())
+        )
+
+    def _recover_sinks(self, attempt: Attempt, manifest: Manifest | None) -> Callable[[], CoordinatorEvent]:
+        def recover() -> CoordinatorEvent:
+            try:
+                for operator, committer in self._committers.items():
+                    payloads = () if manifest is None else manifest.committables(operator)
+                    committer.recover(payloads, fresh=manifest is None)
+            except Exception as error:
+                return SinksFailed(attempt, cause_of(error, where="recovery of sinks"))
+            return SinksRecovered(attempt)
+
+        return recover
+
+    def _write_manifest(self, action: WriteManifest) -> Callable[[], CoordinatorEvent]:
+        assert self._incarnation is not None
+        manifest = Manifest(
+            job=self._plan.name,
+            checkpoint=action.checkpoint,
+            kind=action.kind.value,
+            attempt=action.attempt,
+            incarnation=self._incarnation.number,
+            run_id=self._run_id,
+            created_at=self._host.wall_time(),
+            max_parallelism=self._plan.max_parallelism,
+            parallelism={c.id: c.parallelism for c in self._plan.chains},
+            operators=self._operators,
+            subtasks=action.snapshots,
+            pending_splits=action.pending_splits,
+        )
+
+        def write() -> CoordinatorEvent:
+            try:
+                self._check_memory(manifest)
+                self._store.commit(manifest)
+            except FencedError as error:
+                return ManifestFailed(manifest.checkpoint, str(error), fenced=True)
+            except Exception as error:
+                return ManifestFailed(manifest.checkpoint, f"{type(error).__name__}: {error}")
+            self.outcome.manifest = manifest
+            return ManifestWritten(manifest.checkpoint)
+
+        return write
+
+    def _check_memory(self, manifest: Manifest) -> None:
+        if self._memory_bound is None:
+            return
+        held = sum(len(h.inline or "") for sub in manifest.subtasks for h in sub.states)
+        if held > self._memory_bound:
+            raise StateTooLargeError(
+                f"the snapshots of job {manifest.job!r} take {held} bytes, which is more than the {self._memory_bound} "
+                'that state="memory" holds; pass CheckpointConfig(url) so that they go to files'
+            )
+
+    def _clean_up(self, outcome: JobState, manifest_complete: bool) -> Callable[[], CoordinatorEvent]:
+        def clean() -> CoordinatorEvent:
+            try:
+                if manifest_complete:
+                    if outcome is JobState.FINISHED:
+                        for committer in self._committers.values():
+                            committer.finish()
+                    self._store.sweep(self._retain)
+            except Exception as error:
+                return JobCleaned(cause_of(error, where="clean-up"))
+            return JobCleaned()
+
+        return clean
+
+
+def _quietly(function: Callable[..., object], *args: object) -> Callable[[], None]:
+    """Deleting garbage must not fail a job: what is left is found by the next retention or by the sweep."""
+
+    def task() -> None:
+        try:
+            function(*args)
+        except Exception:
+            return
+
+    return task

@@ -1,0 +1,579 @@
+"""THE ONE LOOP. Every subtask, on Ray, in the local runtime and in the simulator, is this code.
+
+`SubtaskRuntime` joins the pure machine (`rayflow.core.subtask`) with the operators, the emitter and the source, and
+performs the machine's actions through a `SubtaskHost`. `run_subtask` at the end is the loop itself: take events, apply
+them, do one unit of work. One event is one batch or one control element: Python's cost is paid per batch, not per row.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol, assert_never
+
+from rayflow.config import JobConfig, duration_us
+from rayflow.core.events import (
+    AdvanceWatermark,
+    Broadcast,
+    CommitUpTo,
+    FinishInput,
+    ForgetCheckpoint,
+    ProcessData,
+    ReturnCredit,
+    Send,
+    SubtaskAction,
+    TakeSnapshot,
+    Tell,
+)
+from rayflow.core.ids import MAX_WATERMARK, MIN_WATERMARK, Attempt, ChannelId, CheckpointId, SubtaskId, Time
+from rayflow.core.keygroups import key_group_range
+from rayflow.core.manifest import SnapshotStats, StateHandle
+from rayflow.core.messages import (
+    Abort,
+    Assign,
+    Command,
+    CommandEnvelope,
+    Complete,
+    Element,
+    Failed,
+    FailureCause,
+    Heartbeat,
+    Launch,
+    Ready,
+    Report,
+    ReportEnvelope,
+    Reset,
+    Running,
+    Shutdown,
+    SplitRequest,
+    Trigger,
+    Watermark,
+)
+from rayflow.core.resequence import Resequencer
+from rayflow.core.subtask import SubtaskMachine
+from rayflow.errors import (
+    CommitLostError,
+    CorruptCheckpointError,
+    DataError,
+    ExpressionError,
+    KeyHashError,
+    PlanError,
+    ProtocolError,
+    StateTooLargeError,
+    StorageError,
+    UserCodeError,
+)
+from rayflow.operators.base import Committer, OperatorContext, RestoredState
+from rayflow.plan import Plan
+from rayflow.runtime.chain import ChainRunner
+from rayflow.runtime.emitter import Emitter, partitioner_of
+from rayflow.runtime.ports import (
+    BackgroundFailed,
+    ChannelBroken,
+    CommandArrived,
+    CommitDone,
+    CreditArrived,
+    Drained,
+    ElementArrived,
+    Nothing,
+    SnapshotStore,
+    SubtaskEvent,
+    SubtaskHost,
+    Uploaded,
+    UploadFailed,
+)
+from rayflow.runtime.source import SourceRunner
+from rayflow.runtime.uploads import Uploads
+
+BROKEN_GRACE_S = 3.0
+"""A broken channel is usually the shadow of a death that the coordinator hears of first; after this it is a failure."""
+IDLE_POLL_S = 0.005
+
+
+class Phase(Enum):
+    NEW = "new"
+    RESETTING = "resetting"
+    READY = "ready"
+    RUNNING = "running"
+    FAILED = "failed"
+    CLOSED = "closed"
+
+
+@dataclass(frozen=True, slots=True)
+class JobSpec:
+    """What a subtask has to know of its job beside the plan; the same for all of them."""
+
+    plan: Plan
+    config: JobConfig
+    exactly_once: bool
+    run_id: str
+    heartbeat_s: float | None = 1.0
+
+
+def cause_of(error: BaseException, *, where: str, position: str = "") -> FailureCause:
+    """The error as it travels to the coordinator. Only faults of data or user code have a position (see `Restart`)."""
+    root: BaseException = error
+    while isinstance(root, UserCodeError) and root.__cause__ is not None:
+        root = root.__cause__
+    repeatable = isinstance(error, UserCodeError | DataError | ExpressionError)
+    fatal = isinstance(error, CommitLostError | CorruptCheckpointError | PlanError | StateTooLargeError | ProtocolError)
+    text = str(error) or type(error).__name__
+    return FailureCause(
+        message=text if where in text else f"{where}: {text}",
+        kind=type(error).__name__ if root is error else f"{type(error).__name__}({type(root).__name__})",
+        position=position if repeatable else "",
+        traceback="".join(traceback.format_exception(error)),
+        fatal=fatal,
+    )
+
+
+class SubtaskRuntime:
+    """One subtask. `handle` applies an event, `work` does one unit of work; neither blocks."""
+
+    def __init__(self, subtask: SubtaskId, spec: JobSpec, host: SubtaskHost, store: SnapshotStore) -> None:
+        self.subtask = subtask
+        self.phase = Phase.NEW
+        self.attempt = Attempt(-1)
+        self._spec = spec
+        self._host = host
+        self._store = store
+        self._chain_plan = spec.plan.chain(subtask.chain)
+        self._inputs = [
+            c for e in spec.plan.edges_to(subtask.chain) for c in spec.plan.channels(e) if c.target == subtask
+        ]
+        self._outputs = [
+            (e, [c for c in spec.plan.channels(e) if c.source == subtask]) for e in spec.plan.edges_from(subtask.chain)
+        ]
+        self._input_index = {e.index: e.input_index for e in spec.plan.edges_to(subtask.chain)}
+        self._linger_s = duration_us(spec.config.linger) / 1e6
+        self._watermark_s = duration_us(spec.config.watermark_interval) / 1e6
+        self._commands: Resequencer[Command] = Resequencer(self.attempt)
+        self.last_error: Exception | None = None
+        """For runtimes in this process, which can chain the original exception."""
+        self._rows_in = 0
+        self._rows_out = 0
+        self._reset_attempt_state()
+
+    def _reset_attempt_state(self) -> None:
+        self._machine: SubtaskMachine | None = None
+        self._chain: ChainRunner | None = None
+        self._source: SourceRunner | None = None
+        self._emitter: Emitter | None = None
+        self._uploads: Uploads | None = None
+        self._reports = 0
+        self._watermark_sent = MIN_WATERMARK
+        self._watermark_due = 0.0
+        self._heartbeat_due = 0.0
+        self._source_due = 0.0
+        self._broken: tuple[float, str] | None = None
+        self._restored_from: CheckpointId | None = None
+
+    # --------------------------------------------------------------------------------------------------------- events
+
+    def handle(self, event: SubtaskEvent) -> None:
+        """Apply one event; what belongs to another attempt changes nothing (rule C6)."""
+        try:
+            self._handle(event)
+        except Exception as error:
+            self._fail(error)
+
+    def _handle(self, event: SubtaskEvent) -> None:
+        if isinstance(event, CommandArrived):
+            self._on_envelope(event.envelope)
+            return
+        if isinstance(event, Nothing) or event.attempt != self.attempt or self.phase in (Phase.FAILED, Phase.CLOSED):
+            return
+        machine = self._machine
+        assert machine is not None
+        match event:
+            case ElementArrived(_, channel, element):
+                machine.on_element(channel, element)
+            case CreditArrived(_, channel, taken):
+                self._perform(machine.on_credit(channel, taken))
+            case Uploaded(_, checkpoint, snapshot):
+                self._perform(machine.on_uploaded(checkpoint, snapshot))
+            case UploadFailed(_, checkpoint, reason):
+                self._perform(machine.on_upload_failed(checkpoint, reason))
+            case CommitDone(_, checkpoint):
+                self._perform(machine.on_committed(checkpoint))
+            case BackgroundFailed(_, error):
+                raise error
+            case ChannelBroken(_, channel, reason):
+                if self._broken is None:
+                    self._broken = (self._host.now(), f"channel {channel} broke: {reason}")
+            case Drained():
+                if self.phase is Phase.RESETTING:
+                    self.phase = Phase.READY
+                    self._report(Ready(self._host.address, self._host.pid, self._host.node))
+            case _:
+                assert_never(event)
+
+    def _on_envelope(self, envelope: CommandEnvelope) -> None:
+        if self.phase is Phase.CLOSED or envelope.attempt < self.attempt:
+            return
+        if envelope.attempt > self.attempt:
+            # Whatever the first message of a new attempt is, the old one is over (rule C6).
+            self._begin(envelope.attempt)
+        _, due = self._commands.offer(envelope.attempt, envelope.sequence, envelope.command)
+        for command in due:
+            self._on_command(command)
+
+    def _on_command(self, command: Command) -> None:
+        if isinstance(command, Shutdown):
+            self.close()
+            return
+        if self.phase is Phase.FAILED:
+            return
+        machine = self._machine
+        assert machine is not None
+        match command:
+            case Reset():
+                pass
+            case Launch():
+                self._launch(command)
+            case Trigger():
+                self._perform(machine.on_trigger(command))
+            case Complete():
+                self._perform(machine.on_complete(command))
+            case Abort():
+                self._perform(machine.on_abort(command))
+            case Assign(splits, no_more):
+                assert self._source is not None
+                self._source.assign(splits, no_more=no_more)
+            case _:
+                assert_never(command)
+
+    # ---------------------------------------------------------------------------------------------- life of an attempt
+
+    def _begin(self, attempt: Attempt) -> None:
+        """Drop everything and belong to ``attempt``: survivors of a failure are reset in place."""
+        self._teardown()
+        self._reset_attempt_state()
+        self.attempt = attempt
+        self._commands = Resequencer(attempt)
+        self.phase = Phase.RESETTING
+        self._machine = SubtaskMachine(
+            self.subtask,
+            inputs=self._inputs,
+            outputs=[c for _, channels in self._outputs for c in channels],
+            exactly_once=self._spec.exactly_once,
+            credit_bytes=self._spec.config.inflight_bytes,
+        )
+        self._host.accept(attempt, self._inputs)
+        self._host.background(lambda: Drained(attempt))
+
+    def _teardown(self) -> None:
+        if self._uploads is not None:
+            self._uploads.cancelled = True
+        self._host.disconnect()
+        try:
+            if self._chain is not None:
+                self._chain.close()
+            if self._source is not None:
+                self._source.close()
+        except Exception as error:
+            # A close that fails belongs to an attempt that is over; it must not keep the next one from starting.
+            traceback.print_exception(error)
+        self._chain, self._source = None, None
+
+    def _launch(self, launch: Launch) -> None:
+        if self.phase is not Phase.READY:
+            raise ProtocolError(f"{self.subtask} was launched while {self.phase.value}")
+        attempt, plan, config = self.attempt, self._spec.plan, self._spec.config
+        self._restored_from = launch.restored_from
+        contexts = {operator.id: self._context(operator.id, operator.title) for operator in self._chain_plan.operators}
+        committers: dict[str, Committer] = {}
+        for operator in self._chain_plan.operators:
+            if operator.is_sink and (committer := operator.factory.committer()) is not None:
+                committers[operator.id] = committer
+        self._uploads = Uploads(self.subtask, self._chain_plan.parallelism, self._store, committers)
+        outputs = [
+            (
+                edge,
+                channels,
+                partitioner_of(
+                    edge, len(channels), max_parallelism=plan.max_parallelism, subtask_index=self.subtask.index
+                ),
+            )
+            for edge, channels in self._outputs
+        ]
+        self._emitter = Emitter(
+            outputs,
+            self._offer,
+            batch_rows=config.batch_rows,
+            linger_s=self._linger_s,
+            credit_bytes=config.inflight_bytes,
+            now=self._host.now,
+        )
+        self._chain = ChainRunner(self._chain_plan.operators, contexts, self._emitter.emit)
+        self._chain.open(self._read_states(launch.states))
+        if self._chain_plan.source is not None:
+            source = self._chain_plan.source
+            self._source = SourceRunner(source, self._context(source.id, source.title))
+        self._host.connect(attempt, {c: launch.addresses[c.target] for _, cs in self._outputs for c in cs})
+        self.phase = Phase.RUNNING
+        self._report(Running())
+
+    def _read_states(self, handles: Sequence[StateHandle]) -> dict[str, list[RestoredState]]:
+        groups = self._key_groups()
+        states: dict[str, list[RestoredState]] = {}
+        for handle in handles:
+            restored = self._store.read(handle, groups if handle.keyed else None)
+            states.setdefault(handle.operator, []).append(restored)
+        return states
+
+    def _key_groups(self) -> range:
+        return key_group_range(self.subtask.index, self._chain_plan.parallelism, self._spec.plan.max_parallelism)
+
+    def _context(self, operator: str, title: str) -> OperatorContext:
+        return OperatorContext(
+            job=self._spec.plan.name,
+            run_id=self._spec.run_id,
+            operator=operator,
+            step=title,
+            subtask=self.subtask.index,
+            parallelism=self._chain_plan.parallelism,
+            max_parallelism=self._spec.plan.max_parallelism,
+            attempt=self.attempt,
+            key_groups=self._key_groups(),
+            now=self._host.now,
+        )
+
+    def _fail(self, error: Exception) -> None:
+        """Tell the coordinator and hold still until it resets this subtask."""
+        position = self._source.position if self._source is not None else f"after checkpoint {self._restored_from}"
+        where = f"step {self._chain_plan.title!r} subtask {self.subtask.index}/{self._chain_plan.parallelism}"
+        self.phase = Phase.FAILED
+        self.last_error = error
+        self._report(Failed(cause_of(error, where=where, position=position)))
+
+    # ----------------------------------------------------------------------------------------------------------- work
+
+    @property
+    def polling(self) -> bool:
+        """Whether a source waits for the world outside."""
+        source, machine = self._source, self._machine
+        return source is not None and source.can_poll and machine is not None and not machine.stopped
+
+    def close(self) -> None:
+        """Release everything; safe at any time."""
+        self._teardown()
+        self.phase = Phase.CLOSED
+
+    @property
+    def closed(self) -> bool:
+        return self.phase is Phase.CLOSED
+
+    @property
+    def busy(self) -> bool:
+        """Whether `work` has something to do right now."""
+        machine = self._machine
+        if self.phase is not Phase.RUNNING or machine is None or machine.output_blocked:
+            return False
+        if machine.has_input:
+            return True
+        source = self._source
+        if source is None or machine.input_ended or machine.stopped:
+            return False
+        return source.exhausted or (source.can_poll and self._host.now() >= self._source_due)
+
+    def work(self) -> None:
+        """One unit of work: take one element or poll the source once; then whatever the clock asks for."""
+        if self.phase is not Phase.RUNNING:
+            self._beat(self._host.now())
+            return
+        try:
+            if self.busy:
+                self._advance()
+            self._on_clock(self._host.now())
+        except Exception as error:
+            self._fail(error)
+
+    def _advance(self) -> None:
+        machine, source = self._machine, self._source
+        assert machine is not None
+        if source is None or machine.has_input:
+            self._perform(machine.take_input(Time(self._host.now())))
+        elif source.exhausted:
+            self._perform(machine.end_input())
+        else:
+            self._poll(source)
+
+    def _poll(self, source: SourceRunner) -> None:
+        assert self._chain is not None
+        batch = source.poll()
+        if batch is None:
+            self._source_due = self._host.now() + IDLE_POLL_S
+        elif batch.num_rows:
+            self._rows_in += batch.num_rows
+            self._chain.process(batch, 0)
+
+    def _on_clock(self, now: float) -> None:
+        assert self._emitter is not None
+        assert self._chain is not None
+        assert self._machine is not None
+        self._emitter.flush_due(now)
+        source = self._source
+        if source is not None and source.wants_split():
+            self._report(SplitRequest())
+        if now >= self._watermark_due and not self._machine.input_ended:
+            self._watermark_due = now + self._watermark_s
+            upstream = source.watermark if source is not None else self._machine.input_watermark
+            if upstream < MAX_WATERMARK:
+                self._forward_watermark(self._chain.advance(upstream))
+        if self._broken is not None and now - self._broken[0] >= BROKEN_GRACE_S:
+            raise ConnectionError(self._broken[1])
+        self._beat(now)
+
+    def _beat(self, now: float) -> None:
+        if self._spec.heartbeat_s is not None and now >= self._heartbeat_due and self.attempt >= 0:
+            self._heartbeat_due = now + self._spec.heartbeat_s
+            self._report(Heartbeat(self.metrics()))
+
+    def next_deadline(self) -> float | None:
+        """When `work` should be called again even if nothing arrives; None: when something arrives."""
+        deadlines: list[float] = []
+        if self._spec.heartbeat_s is not None and self.attempt >= 0:
+            deadlines.append(self._heartbeat_due)
+        if self.phase is Phase.RUNNING:
+            assert self._emitter is not None
+            assert self._machine is not None
+            linger = self._emitter.next_deadline()
+            if linger is not None:
+                deadlines.append(linger)
+            if not self._machine.input_ended:
+                deadlines.append(self._watermark_due)
+            if self._source is not None and self._source.can_poll and not self._machine.output_blocked:
+                deadlines.append(self._source_due)
+            if self._broken is not None:
+                deadlines.append(self._broken[0] + BROKEN_GRACE_S)
+        return min(deadlines, default=None)
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers for the progress line and for benchmarks."""
+        found: dict[str, float] = {
+            "rows_in": self._rows_in,
+            "rows_out": self._rows_out + (self._emitter.rows_out if self._emitter else 0),
+        }
+        if self._machine is not None:
+            found["peak_in_flight_bytes"] = self._machine.peak_in_flight
+        if self._chain is not None:
+            found["watermark"] = self._chain.watermark
+            found |= self._chain.counters()
+        return found
+
+    # -------------------------------------------------------------------------------------------------------- actions
+
+    def _offer(self, channel: ChannelId, element: Element) -> None:
+        assert self._machine is not None
+        self._perform(self._machine.offer(channel, element))
+
+    def _perform(self, actions: Sequence[SubtaskAction]) -> None:
+        for action in actions:
+            match action:
+                case Send(channel, element):
+                    self._host.send(channel, element)
+                case ProcessData(channel, payload):
+                    assert self._chain is not None
+                    self._rows_in += payload.num_rows  # type: ignore[attr-defined]
+                    self._chain.process(payload, self._input_index[channel.edge])
+                case ReturnCredit(channel, nbytes):
+                    self._host.return_credit(channel, nbytes)
+                case AdvanceWatermark(time):
+                    assert self._chain is not None
+                    self._forward_watermark(self._chain.advance(time))
+                case TakeSnapshot():
+                    self._take_snapshot(action)
+                case Broadcast(element):
+                    assert self._emitter is not None
+                    self._emitter.broadcast(element)
+                case FinishInput():
+                    assert self._chain is not None
+                    self._chain.end()
+                case CommitUpTo(checkpoint):
+                    self._commit(checkpoint)
+                case ForgetCheckpoint(checkpoint):
+                    self._forget(checkpoint)
+                case Tell(report):
+                    self._report(report)
+                case _:
+                    assert_never(action)
+
+    def _forward_watermark(self, time: int) -> None:
+        assert self._emitter is not None
+        # End of input says the same as the maximum, and says it last.
+        if self._watermark_sent < time < MAX_WATERMARK:
+            self._watermark_sent = time
+            self._emitter.broadcast(Watermark(time))
+
+    def _report(self, report: Report) -> None:
+        envelope = ReportEnvelope(self.attempt, self.subtask, self._reports, report)
+        self._reports += 1
+        self._host.report(envelope)
+
+    def _take_snapshot(self, action: TakeSnapshot) -> None:
+        assert self._chain is not None
+        assert self._uploads is not None
+        began = self._host.now()
+        frozen = self._chain.snapshot(action.checkpoint)
+        splits = self._source.unfinished() if self._source is not None else ()
+        stats = SnapshotStats(alignment_s=action.alignment_s, sync_s=self._host.now() - began)
+        attempt, checkpoint, uploads, now = self.attempt, action.checkpoint, self._uploads, self._host.now
+
+        def upload() -> SubtaskEvent:
+            if uploads.cancelled:
+                return Nothing()
+            try:
+                return Uploaded(attempt, checkpoint, uploads.upload(checkpoint, frozen, splits, stats, now))
+            except Exception as error:
+                if isinstance(error, CommitLostError | StateTooLargeError | KeyHashError):
+                    return BackgroundFailed(attempt, error)
+                return UploadFailed(attempt, checkpoint, f"{self.subtask}: {type(error).__name__}: {error}")
+
+        self._host.background(upload)
+
+    def _commit(self, checkpoint: CheckpointId) -> None:
+        assert self._uploads is not None
+        attempt, uploads = self.attempt, self._uploads
+
+        def commit() -> SubtaskEvent:
+            if uploads.cancelled:
+                return Nothing()
+            try:
+                uploads.commit(checkpoint)
+            except Exception as error:
+                return BackgroundFailed(attempt, error)
+            return CommitDone(attempt, checkpoint)
+
+        self._host.background(commit)
+
+    def _forget(self, checkpoint: CheckpointId) -> None:
+        assert self._uploads is not None
+        uploads = self._uploads
+
+        def forget() -> SubtaskEvent:
+            try:
+                uploads.forget(checkpoint)
+            except StorageError:
+                # Garbage that cannot be deleted now is found by the sweep; the job is not worse for it.
+                return Nothing()
+            return Nothing()
+
+        self._host.background(forget)
+
+
+class Inbox(Protocol):
+    def drain(self, timeout_s: float | None) -> Sequence[SubtaskEvent]:
+        """All events that have arrived; waits for one for at most ``timeout_s`` (None: for ever) if there is none."""
+
+
+def run_subtask(subtask: SubtaskRuntime, inbox: Inbox, now: Callable[[], float]) -> None:
+    """The loop: events first, then one unit of work, until the subtask is shut down."""
+    while not subtask.closed:
+        deadline = subtask.next_deadline()
+        timeout = 0.0 if subtask.busy else None if deadline is None else max(0.0, deadline - now())
+        for event in inbox.drain(timeout):
+            subtask.handle(event)
+        subtask.work()

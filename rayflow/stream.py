@@ -1,0 +1,524 @@
+"""The fluent builder. A `Stream` is an immutable node of a graph; building touches neither Ray nor data.
+
+Steps are checked while building wherever the schema is known (`from_arrow`, declared schemas), and all of them before
+a job starts, when sources may look into their input. Messages name the step and the line that wrote it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from rayflow.config import Duration, duration_us
+from rayflow.errors import PlanError
+from rayflow.expressions import Expr, as_expr
+from rayflow.graph import FORWARD, MAIN_TAG, Exchange, Input, Node, caller_location
+from rayflow.operators.aggregates import Aggregate
+from rayflow.operators.base import EventTime, Source
+from rayflow.operators.sinks.collect import CollectSink
+from rayflow.operators.sinks.parquet import ParquetSink
+from rayflow.operators.sinks.printing import PrintSink
+from rayflow.operators.sources.memory import ArrowSource, GeneratorSource
+from rayflow.operators.sources.parquet import ParquetSource
+from rayflow.operators.sources.text import CsvSource, JsonSource
+from rayflow.operators.stateless import (
+    AssignEventTime,
+    Drop,
+    Filter,
+    FlatMap,
+    Identity,
+    Map,
+    MapBatches,
+    Rename,
+    Select,
+    WithColumns,
+)
+from rayflow.operators.windows import LocalCombine, Tumbling, WindowAggregate
+from rayflow.partition import check_key_type
+
+ExprLike = Any
+"""A `rayflow.Expr`, a ``pyarrow.compute.Expression``, a column name or a Python scalar."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sink:
+    """The end of a stream; give it to `Flow`."""
+
+    node: Node
+
+
+class Stream:
+    """Rows on their way. Every method returns a new stream and leaves this one as it was."""
+
+    def __init__(
+        self, node: Node, *, exchange: Exchange = FORWARD, tag: str = MAIN_TAG, event_time: str | None = None
+    ) -> None:
+        self._node = node
+        self._exchange = exchange
+        self._tag = tag
+        self._event_time = event_time
+
+    # ------------------------------------------------------------------------------------------------------- plumbing
+
+    def _input(self) -> Input:
+        return Input(self._node, self._exchange, self._tag)
+
+    def _step(
+        self,
+        label: str,
+        operator: Any,
+        *,
+        detail: str = "",
+        name: str | None = None,
+        parallelism: int | None = None,
+        event_time: str | None = None,
+    ) -> Stream:
+        node = Node(
+            label,
+            (self._input(),),
+            operator,
+            detail=detail,
+            name=name,
+            parallelism=parallelism,
+            location=caller_location(),
+        )
+        node.schema(look=False)
+        return Stream(node, event_time=event_time if event_time is not None else self._event_time)
+
+    def _sink(self, label: str, operator: Any, *, detail: str = "", name: str | None = None) -> Sink:
+        node = Node(label, (self._input(),), operator, detail=detail, name=name, location=caller_location())
+        return Sink(node)
+
+    @property
+    def schema(self) -> pa.Schema | None:
+        """Schema of the rows, None when only running tells. Sources may look into their input."""
+        return self._node.schema(look=True) if self._tag == MAIN_TAG else self._node.side_schema(self._tag)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self._node.where()}>"
+
+    # ------------------------------------------------------------------------------------------------ stateless steps
+
+    def map_batches(
+        self,
+        fn: Callable[..., Any] | type,
+        *,
+        schema: pa.Schema | None = None,
+        batch_size: int | None = None,
+        fn_args: Sequence[Any] = (),
+        fn_kwargs: Mapping[str, Any] | None = None,
+        fn_constructor_args: Sequence[Any] = (),
+        fn_constructor_kwargs: Mapping[str, Any] | None = None,
+        parallelism: int | None = None,
+        name: str | None = None,
+    ) -> Stream:
+        """``fn(pyarrow.RecordBatch)`` gives a RecordBatch, a Table, a dict of columns, or an iterable of those.
+
+        A class is built once in every subtask and then called for every batch. Without ``schema`` the first output
+        decides and all later ones must agree. Raises `UserCodeError` at run time, naming step, expected and got.
+        """
+        operator = MapBatches(
+            fn,
+            schema=schema,
+            batch_size=batch_size,
+            fn_args=tuple(fn_args),
+            fn_kwargs=dict(fn_kwargs or {}),
+            fn_constructor_args=tuple(fn_constructor_args),
+            fn_constructor_kwargs=dict(fn_constructor_kwargs or {}),
+        )
+        return self._step(
+            "map_batches", operator, detail=getattr(fn, "__name__", repr(fn)), name=name, parallelism=parallelism
+        )
+
+    def map(
+        self,
+        fn: Callable[[dict[str, Any]], Mapping[str, Any]],
+        *,
+        schema: pa.Schema | None = None,
+        name: str | None = None,
+    ) -> Stream:
+        """One row (a dict) in, one row out; for convenience, slower than `map_batches` by orders of magnitude."""
+        return self._step("map", Map(fn, schema=schema), detail=getattr(fn, "__name__", repr(fn)), name=name)
+
+    def flat_map(
+        self,
+        fn: Callable[[dict[str, Any]], Iterable[Mapping[str, Any]]],
+        *,
+        schema: pa.Schema | None = None,
+        name: str | None = None,
+    ) -> Stream:
+        """One row (a dict) in, any number of rows out."""
+        return self._step("flat_map", FlatMap(fn, schema=schema), detail=getattr(fn, "__name__", repr(fn)), name=name)
+
+    def filter(self, condition: ExprLike, *, name: str | None = None) -> Stream:
+        """Rows for which the condition is true; null counts as false."""
+        expr = as_expr(condition)
+        return self._step("filter", Filter(expr), detail=str(expr), name=name)
+
+    def select(self, *columns: ExprLike, name: str | None = None, **named: ExprLike) -> Stream:
+        """These columns only, by name or expression, in this order; ``out=expr`` names the result."""
+        exprs = [as_expr(c) for c in columns] + [as_expr(e).alias(out) for out, e in named.items()]
+        return self._step("select", Select(tuple(exprs)), detail=", ".join(str(e) for e in exprs), name=name)
+
+    def with_columns(self, *, name: str | None = None, **columns: ExprLike) -> Stream:
+        """All columns, and these added or replaced."""
+        return self._with({out: as_expr(e) for out, e in columns.items()}, name)
+
+    def _with(self, exprs: Mapping[str, Expr], name: str | None) -> Stream:
+        return self._step("with_columns", WithColumns(exprs), detail=", ".join(exprs), name=name)
+
+    def rename(self, columns: Mapping[str, str], *, name: str | None = None) -> Stream:
+        """``{"old": "new"}``."""
+        event_time = columns.get(self._event_time, self._event_time) if self._event_time else None
+        detail = ", ".join(f"{old} -> {new}" for old, new in columns.items())
+        return self._step("rename", Rename(dict(columns)), detail=detail, name=name, event_time=event_time)
+
+    def drop(self, *columns: str, name: str | None = None) -> Stream:
+        return self._step("drop", Drop(columns), detail=", ".join(columns), name=name)
+
+    def union(self, *others: Stream, name: str | None = None) -> Stream:
+        """The rows of all streams, which must have the same schema. Event time is the minimum over them."""
+        inputs = (self._input(), *(other._input() for other in others))
+        node = Node("union", inputs, Identity(), name=name, location=caller_location())
+        node.schema(look=False)
+        times = {s._event_time for s in (self, *others)}
+        return Stream(node, event_time=times.pop() if len(times) == 1 else None)
+
+    def rebalance(self, *, parallelism: int | None = None) -> Stream:
+        """Deal batches out evenly over the subtasks of the next step."""
+        return self._exchanged("rebalance", parallelism)
+
+    def broadcast(self, *, parallelism: int | None = None) -> Stream:
+        """Give every subtask of the next step every row."""
+        return self._exchanged("broadcast", parallelism)
+
+    def _exchanged(self, kind: Literal["rebalance", "broadcast"], parallelism: int | None) -> Stream:
+        up = Input(self._node, Exchange(kind), self._tag)
+        node = Node(kind, (up,), Identity(), parallelism=parallelism, location=caller_location())
+        return Stream(node, event_time=self._event_time)
+
+    # ------------------------------------------------------------------------------------------------ time and keys
+
+    def with_event_time(
+        self,
+        column: str,
+        *,
+        max_delay: Duration | None = None,
+        idle_timeout: Duration | None = None,
+        name: str | None = None,
+    ) -> Stream:
+        """Use ``column`` (timestamp or date) as event time.
+
+        ``max_delay`` bounds how late a row may come behind the latest one before it in reading order. None: rows may
+        come in any order, so windows fire at the end of the input.
+        """
+        event_time = _event_time(column, max_delay, idle_timeout)
+        assert event_time is not None
+        return self._step("with_event_time", AssignEventTime(event_time), detail=column, name=name, event_time=column)
+
+    def key_by(self, *keys: ExprLike) -> KeyedStream:
+        """Rows of equal keys meet in one subtask. Keys are column names or named expressions."""
+        if not keys:
+            raise PlanError('key_by needs at least one column, got none; write key_by("column")')
+        stream, names = self, []
+        for key in keys:
+            if isinstance(key, str):
+                names.append(key)
+            else:
+                expr = as_expr(key)
+                names.append(expr.output_name())
+                stream = stream._with({expr.output_name(): expr}, None)
+        schema = stream._node.schema(look=False) if stream._tag == MAIN_TAG else None
+        if schema is not None:
+            for name in names:
+                if name not in schema.names:
+                    raise PlanError(
+                        f"step 'key_by' ({caller_location()}): column {name!r} is not in the schema; "
+                        f"available: {', '.join(schema.names)}"
+                    )
+                check_key_type(name, schema.field(name).type)
+        return KeyedStream(stream, tuple(names))
+
+    # ---------------------------------------------------------------------------------------------------------- sinks
+
+    def write_parquet(
+        self,
+        path: str,
+        *,
+        compression: str = "snappy",
+        mode: Literal["error", "append"] = "error",
+        storage_options: Mapping[str, Any] | None = None,
+        name: str | None = None,
+    ) -> Sink:
+        """Exactly-once Parquet files below ``path`` (local folder or ``s3://``), visible when a checkpoint completes.
+
+        A new run refuses a folder that already holds files, unless ``mode="append"``.
+        """
+        sink = ParquetSink(path, storage_options=dict(storage_options or {}), compression=compression, mode=mode)
+        return self._sink("write_parquet", sink, detail=str(path), name=name)
+
+    def collect(self, *, name: str | None = None) -> Sink:
+        """Rows come back in `JobResult.table`; exactly-once, because they are part of the job's state."""
+        return self._sink("collect", CollectSink(), name=name)
+
+    def print(self, *, limit: int | None = None, name: str | None = None) -> Sink:
+        """Print rows as they come (at least once)."""
+        return self._sink("print", PrintSink(limit), name=name)
+
+    # --------------------------------------------------------------------------------------------------------- samples
+
+    def take(self, n: int = 10) -> pa.Table:
+        """The first ``n`` rows that come out, from a run in this process."""
+        from rayflow.sample import take
+
+        return take(self, n)
+
+    def to_arrow(self) -> pa.Table:
+        """All rows of a bounded stream, from a run in this process."""
+        from rayflow.sample import take
+
+        return take(self, None)
+
+    def show(self, n: int = 10) -> None:
+        """Print the first ``n`` rows as a table."""
+        from rayflow.sample import show
+
+        show(self, n)
+
+
+class KeyedStream(Stream):
+    """A stream whose rows go to the subtask that owns their key. Any step may follow; windows need it."""
+
+    def __init__(self, stream: Stream, keys: tuple[str, ...]) -> None:
+        super().__init__(stream._node, exchange=Exchange("hash", keys), tag=stream._tag, event_time=stream._event_time)
+        self._keys = keys
+
+    def window(self, spec: Tumbling) -> WindowedStream:
+        """Cut each key's rows into windows of event time.
+
+        Raises `PlanError` when the stream has no event time.
+        """
+        if self._event_time is None:
+            raise PlanError(
+                f"step 'window' ({caller_location()}): the stream has no event time; pass event_time= to the source or "
+                "call .with_event_time(column) before key_by"
+            )
+        return WindowedStream(self, spec)
+
+
+class WindowedStream:
+    """What `KeyedStream.window` gives; call `agg`."""
+
+    def __init__(self, keyed: KeyedStream, spec: Tumbling) -> None:
+        self._keyed = keyed
+        self._spec = spec
+
+    def agg(self, *, name: str | None = None, **aggregates: Aggregate) -> WindowResult:
+        """One row a key and window: the keys, ``window_start``, ``window_end`` and the named aggregates."""
+        keyed = self._keyed
+        for out, aggregate in aggregates.items():
+            if not isinstance(aggregate, Aggregate):
+                raise PlanError(
+                    f"step 'window' ({caller_location()}): {out}= must be an aggregate such as rf.count(), "
+                    f"got {aggregate!r}"
+                )
+        if not aggregates:
+            raise PlanError(f"step 'window' ({caller_location()}): agg needs at least one aggregate, got none")
+        time = keyed._event_time
+        assert time is not None
+        what: dict[str, Any] = {
+            "keys": keyed._keys,
+            "spec": self._spec,
+            "aggregates": dict(aggregates),
+            "event_time": time,
+        }
+        node = Node(
+            "window",
+            (keyed._input(),),
+            WindowAggregate(**what),
+            combiner=LocalCombine(**what),
+            combined=WindowAggregate(**what, input_is_partial=True),
+            detail=f"{self._spec} by {', '.join(keyed._keys)}: {', '.join(aggregates)}",
+            name=name,
+            location=caller_location(),
+        )
+        node.schema(look=False)
+        return WindowResult(node)
+
+
+class WindowResult(Stream):
+    """Results of windows; ``late`` are the rows that came after their window had fired."""
+
+    def __init__(self, node: Node) -> None:
+        super().__init__(node, event_time="window_start")
+
+    @property
+    def late(self) -> Stream:
+        """Rows too late for their window, with the columns of the input."""
+        return Stream(self._node, tag="late")
+
+
+# ------------------------------------------------------------------------------------------------------------- sources
+
+
+def read_parquet(
+    path: Any,
+    *,
+    columns: Sequence[str] | None = None,
+    event_time: str | None = None,
+    max_delay: Duration | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    parallelism: int | None = None,
+    name: str | None = None,
+) -> Stream:
+    """Rows of Parquet files: a path, glob, folder or list; any fsspec URL. Read in parallel by row groups."""
+    source = ParquetSource(
+        path, columns=tuple(columns) if columns is not None else None, storage_options=dict(storage_options or {})
+    )
+    return read_source(
+        source, event_time=event_time, max_delay=max_delay, parallelism=parallelism, name=name, label="read_parquet",
+        detail=str(path),
+    )  # fmt: skip
+
+
+def read_csv(
+    path: Any,
+    *,
+    schema: pa.Schema | None = None,
+    delimiter: str = ",",
+    header: bool = True,
+    null_values: Sequence[str] | None = None,
+    newlines_in_values: bool = False,
+    on_error: Literal["fail", "skip"] = "fail",
+    event_time: str | None = None,
+    max_delay: Duration | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    parallelism: int | None = None,
+    name: str | None = None,
+) -> Stream:
+    """Rows of CSV files, read in parallel by byte ranges; without ``schema`` the first block decides the types.
+
+    ``on_error="fail"`` names file, row and text of a row that does not fit; ``"skip"`` counts it.
+    """
+    source = CsvSource(
+        path,
+        schema=schema,
+        delimiter=delimiter,
+        header=header,
+        null_values=tuple(null_values) if null_values is not None else None,
+        newlines_in_values=newlines_in_values,
+        on_error=on_error,
+        storage_options=dict(storage_options or {}),
+    )
+    return read_source(
+        source, event_time=event_time, max_delay=max_delay, parallelism=parallelism, name=name, label="read_csv",
+        detail=str(path),
+    )  # fmt: skip
+
+
+def read_json(
+    path: Any,
+    *,
+    schema: pa.Schema | None = None,
+    on_error: Literal["fail", "skip"] = "fail",
+    event_time: str | None = None,
+    max_delay: Duration | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    parallelism: int | None = None,
+    name: str | None = None,
+) -> Stream:
+    """Rows of newline-delimited JSON files, read in parallel by byte ranges."""
+    source = JsonSource(path, schema=schema, on_error=on_error, storage_options=dict(storage_options or {}))
+    return read_source(
+        source, event_time=event_time, max_delay=max_delay, parallelism=parallelism, name=name, label="read_json",
+        detail=str(path),
+    )  # fmt: skip
+
+
+def from_arrow(
+    data: Any,
+    *,
+    splits: int = 1,
+    batch_rows: int = 65_536,
+    event_time: str | None = None,
+    max_delay: Duration | None = None,
+    parallelism: int | None = None,
+    name: str | None = None,
+) -> Stream:
+    """Rows of a pyarrow Table, RecordBatch or list of batches; ``splits`` contiguous pieces can be read in parallel."""
+    source = ArrowSource(data, splits=splits, batch_rows=batch_rows)
+    return read_source(
+        source, event_time=event_time, max_delay=max_delay, parallelism=parallelism, name=name, label="from_arrow"
+    )
+
+
+def from_generator(
+    fn: Callable[[Any, int], Iterable[pa.RecordBatch]],
+    *,
+    splits: int | Sequence[Any] = 1,
+    schema: pa.Schema,
+    event_time: str | None = None,
+    max_delay: Duration | None = None,
+    parallelism: int | None = None,
+    name: str | None = None,
+) -> Stream:
+    """``fn(split, position)`` yields record batches of ``schema`` from row ``position`` of the split on.
+
+    The same split and position must give the same rows every time: recovery stands on it (rule R2).
+    """
+    source = GeneratorSource(fn, splits=splits, schema=schema)
+    return read_source(
+        source, event_time=event_time, max_delay=max_delay, parallelism=parallelism, name=name,
+        label="from_generator", detail=getattr(fn, "__name__", repr(fn)),
+    )  # fmt: skip
+
+
+def read_source(
+    source: Source,
+    *,
+    event_time: str | None = None,
+    max_delay: Duration | None = None,
+    parallelism: int | None = None,
+    name: str | None = None,
+    label: str = "read_source",
+    detail: str = "",
+) -> Stream:
+    """Rows of a source of your own; see `rayflow.operators.base.Source` for its contract.
+
+    ``event_time`` names the event time column; ``max_delay`` as in `Stream.with_event_time`.
+    """
+    time = _event_time(event_time, max_delay, None)
+    node = Node(
+        label, source=source, event_time=time, detail=detail, name=name, parallelism=parallelism,
+        location=caller_location(),
+    )  # fmt: skip
+    return Stream(node, event_time=event_time)
+
+
+def _event_time(column: str | None, max_delay: Duration | None, idle_timeout: Duration | None) -> EventTime | None:
+    if column is None:
+        if max_delay is not None:
+            raise PlanError(f"max_delay={max_delay!r} needs event_time= to name the column it speaks of")
+        return None
+    delay = None if max_delay is None else duration_us(max_delay, what="max_delay")
+    idle = None if idle_timeout is None else duration_us(idle_timeout, what="idle_timeout")
+    return EventTime(column, delay, idle)
+
+
+__all__ = [
+    "Expr",
+    "KeyedStream",
+    "Sink",
+    "Stream",
+    "WindowResult",
+    "WindowedStream",
+    "from_arrow",
+    "from_generator",
+    "read_csv",
+    "read_json",
+    "read_parquet",
+    "read_source",
+]
