@@ -46,7 +46,7 @@ def check_event_time(schema: pa.Schema, column: str, *, step: str) -> pa.DataTyp
 
 def is_event_time(kind: pa.DataType) -> bool:
     """Timestamps of any unit and zone, date32 and date64. A bare integer does not say its unit and is none."""
-    return pa.types.is_timestamp(kind) or pa.types.is_date(kind)
+    return bool(pa.types.is_timestamp(kind) or pa.types.is_date(kind))
 
 
 def event_times_us(column: pa.Array | pa.ChunkedArray) -> pa.Array:

@@ -1,0 +1,392 @@
+"""Tumbling windows over event time, with aggregates, and the combiner that goes before the exchange.
+
+W1  an emitted watermark never decreases: `WindowOperator.on_watermark` returns the highest it has seen.
+W3  a window fires at most once per key: it is dropped when it fires, rows that come for it later are late, and the
+    watermark is part of the snapshot, so that a closed window does not open again after a restore.
+A3  `WindowOperator.snapshot` copies references to immutable runs; what comes later goes into other runs.
+
+A window [start, end) is complete when the watermark w >= end, because no row with event time < w follows w.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from rayflow.config import Duration, duration_us
+from rayflow.core.ids import MAX_WATERMARK, MIN_WATERMARK, CheckpointId
+from rayflow.errors import DataError, PlanError, ProtocolError
+from rayflow.operators.aggregates import Aggregate
+from rayflow.operators.base import FrozenState, FrozenTable, Operator, OperatorContext, Output, RestoredState
+from rayflow.operators.event_time import EventTimeReader, OnNullTime, check_event_time
+from rayflow.operators.grouping import Int64Array
+from rayflow.operators.preaggregate import ROWS, WINDOW_START, Preaggregation, check_names
+from rayflow.operators.runs import Run, RunStore
+
+LATE = "late"
+"""Tag of the side output of rows whose window had closed."""
+STATE: Final = "windows"
+OUTPUT_ROWS: Final = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class Tumbling:
+    """Windows of one size that follow each other without a gap: [offset + n * size, offset + (n + 1) * size)."""
+
+    size_us: int
+    offset_us: int = 0
+
+    def start_of(self, time_us: int) -> int:
+        """Start of the window of one time; right before 1970 too, because Python's // floors."""
+        return (time_us - self.offset_us) // self.size_us * self.size_us + self.offset_us
+
+    def starts_of(self, times_us: Int64Array) -> Int64Array:
+        starts: Int64Array = (times_us - self.offset_us) // self.size_us
+        starts *= self.size_us
+        starts += self.offset_us
+        return starts
+
+
+def tumbling(size: Duration, *, offset: Duration = "0s") -> Tumbling:
+    """Windows of ``size``, aligned to the epoch (UTC) plus ``offset``. Raises `ConfigError` for a bad duration."""
+    size_us = duration_us(size, what="tumbling(size)", minimum_us=1)
+    return Tumbling(size_us, duration_us(offset, what="tumbling(offset)") % size_us)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class WindowAggregate:
+    """Factory: aggregates by key and tumbling window.
+
+    Schema in: rows with the keys and the event time column, or the partial results of `LocalCombine` with the same
+    keys and aggregates (``input_is_partial``). Schema out: keys, window_start and window_end (timestamp[us] in the
+    zone of the event time), then one column an aggregate. Side output "late": the late rows as they came; late
+    partial results are only counted. ``schema`` is that of the rows, where known, so that mistakes are found while
+    building.
+    """
+
+    keys: tuple[str, ...]
+    spec: Tumbling
+    aggregates: Mapping[str, Aggregate]
+    event_time: str
+    schema: pa.Schema | None = None
+    input_is_partial: bool = False
+    on_error: OnNullTime = "fail"
+    batch_rows: int = OUTPUT_ROWS
+
+    def __post_init__(self) -> None:
+        check_names(self.keys, self.aggregates)
+        if self.schema is not None:
+            self.output_schema(self.schema)
+
+    @property
+    def stateful(self) -> bool:
+        return True
+
+    def output_schema(self, schema: pa.Schema | None) -> pa.Schema | None:
+        """From the schema of the input, rows or partial results; raises `PlanError` if it does not fit."""
+        if schema is None:
+            return None
+        if self.input_is_partial and ROWS in schema.names:
+            return Preaggregation.of_partials(self.keys, self.aggregates, schema).output_schema
+        return _of_rows(self, schema, "window").output_schema
+
+    def build(self) -> Operator:
+        return WindowOperator(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LocalCombine:
+    """Factory: turns every batch of rows into partial results, so that the exchange ships fewer rows.
+
+    Keeps nothing from one batch to the next, hence no state. Schema out: see `rayflow.operators.preaggregate`.
+    """
+
+    keys: tuple[str, ...]
+    spec: Tumbling
+    aggregates: Mapping[str, Aggregate]
+    event_time: str
+    on_error: OnNullTime = "fail"
+
+    def __post_init__(self) -> None:
+        check_names(self.keys, self.aggregates)
+
+    @property
+    def stateful(self) -> bool:
+        return False
+
+    def output_schema(self, schema: pa.Schema | None) -> pa.Schema | None:
+        """Schema of the partial results; raises `PlanError` if the rows cannot be aggregated so."""
+        return None if schema is None else _of_rows(self, schema, "window").schema
+
+    def build(self) -> Operator:
+        return CombineOperator(self)
+
+
+def _of_rows(factory: WindowAggregate | LocalCombine, schema: pa.Schema, step: str) -> Preaggregation:
+    time_type = check_event_time(schema, factory.event_time, step=step)
+    return Preaggregation.of_rows(factory.keys, factory.aggregates, schema, time_type)
+
+
+class Combiner:
+    """Rows to partial results. Grouping is skipped for a while when keys hardly repeat within a batch.
+
+    Grouping 65,536 distinct keys costs more than it saves: the receiver has to group them anyway. So when more than
+    ``KEPT_ROWS`` of the rows remain, the next ``SKIPPED_BATCHES`` batches are passed on as single-row partial
+    results. Which way a batch goes changes nothing in the result.
+    """
+
+    KEPT_ROWS: Final = 0.8
+    SKIPPED_BATCHES: Final = 15
+
+    def __init__(self, preaggregation: Preaggregation) -> None:
+        self._preaggregation = preaggregation
+        self._to_skip = 0
+
+    def combine(self, batch: pa.RecordBatch, times_us: pa.Array, starts: Int64Array | int) -> pa.Table:
+        if self._to_skip > 0:
+            self._to_skip -= 1
+            return self._preaggregation.singles(batch, times_us, starts)
+        partials = self._preaggregation.combine_rows(batch, times_us, starts)
+        if partials.num_rows > self.KEPT_ROWS * batch.num_rows:
+            self._to_skip = self.SKIPPED_BATCHES
+        return partials
+
+
+class CombineOperator(Operator):
+    """See `LocalCombine`."""
+
+    def __init__(self, factory: LocalCombine) -> None:
+        self._factory = factory
+        self._combiner: Combiner | None = None
+
+    def open(self, ctx: OperatorContext, out: Output) -> None:
+        Operator.open(self, ctx, out)
+        self._reader = EventTimeReader(self._factory.event_time, on_error=self._factory.on_error, where=str(ctx))
+
+    @property
+    def skipped_rows(self) -> int:
+        """Rows dropped for a null event time."""
+        return self._reader.skipped_rows
+
+    def process(self, batch: pa.RecordBatch, input_index: int) -> None:
+        batch, times, earliest, latest = self._reader.read(batch)
+        if batch.num_rows == 0:
+            return
+        if self._combiner is None:
+            self._combiner = Combiner(_of_rows(self._factory, batch.schema, str(self.ctx)))
+        starts = _window_starts(self._factory.spec, times, earliest, latest)
+        for partial in self._combiner.combine(batch, times, starts).to_batches():
+            self.out.emit(partial)
+
+
+def _window_starts(spec: Tumbling, times: pa.Array, earliest: int, latest: int) -> Int64Array | int:
+    """The window start of every row, or one for all, which is the common case and makes grouping cheaper."""
+    first = spec.start_of(earliest)
+    return first if spec.start_of(latest) == first else spec.starts_of(times.to_numpy())
+
+
+@dataclass(slots=True)
+class WindowCounters:
+    """What a window operator counts; all but ``fired_rows`` are lost rows somebody may ask about."""
+
+    late_rows: int = 0
+    """Rows whose window had closed; part of the snapshot."""
+    fired_rows: int = field(default=0)
+    """Result rows emitted in this attempt."""
+
+
+class WindowOperator(Operator):
+    """See `WindowAggregate`. The state is a `RunStore` of partial results of the open windows."""
+
+    def __init__(self, factory: WindowAggregate) -> None:
+        self._factory = factory
+        self._spec = factory.spec
+        self._watermark = MIN_WATERMARK
+        self._plan: Preaggregation | None = None
+        self._combiner: Combiner | None = None
+        self._runs: RunStore | None = None
+        self.counters = WindowCounters()
+
+    def open(self, ctx: OperatorContext, out: Output) -> None:
+        Operator.open(self, ctx, out)
+        self._reader = EventTimeReader(self._factory.event_time, on_error=self._factory.on_error, where=str(ctx))
+
+    @property
+    def late_rows(self) -> int:
+        return self.counters.late_rows
+
+    @property
+    def skipped_rows(self) -> int:
+        """Rows dropped for a null event time."""
+        return self._reader.skipped_rows
+
+    # ------------------------------------------------------------------------------------------------------- rows in
+
+    def process(self, batch: pa.RecordBatch, input_index: int) -> None:
+        if self._factory.input_is_partial:
+            self._take_partials(pa.Table.from_batches([batch]))
+        else:
+            self._take_rows(batch)
+
+    def _take_rows(self, batch: pa.RecordBatch) -> None:
+        batch, times, earliest, latest = self._reader.read(batch)
+        if batch.num_rows == 0:
+            return
+        starts = _window_starts(self._spec, times, earliest, latest)
+        if self._closed(self._spec.start_of(earliest)):
+            late = self._late(starts, batch.num_rows)
+            self.counters.late_rows += int(late.sum())
+            rows = batch.filter(pa.array(late))
+            self.out.emit(rows, LATE)
+            if rows.num_rows == batch.num_rows:
+                return
+            on_time = pa.array(~late)
+            batch, times = batch.filter(on_time), times.filter(on_time)
+            assert not isinstance(starts, int)
+            starts = starts[~late]
+        if self._combiner is None:
+            self._bind(_of_rows(self._factory, batch.schema, str(self.ctx)))
+        assert self._combiner is not None
+        assert self._runs is not None
+        low, high = (starts, starts) if isinstance(starts, int) else (int(starts.min()), int(starts.max()))
+        self._runs.append(Run(self._combiner.combine(batch, times, starts), low, high, merged=False))
+
+    def _take_partials(self, partials: pa.Table) -> None:
+        if partials.num_rows == 0:
+            return
+        if self._plan is None:
+            self._bind(Preaggregation.of_partials(self._factory.keys, self._factory.aggregates, partials.schema))
+        assert self._runs is not None
+        starts = self._runs.starts_of(partials)
+        low, high = int(starts.min()), int(starts.max())
+        if self._closed(low):
+            late = self._late(starts, len(starts))
+            self.counters.late_rows += pc.sum(partials.column(ROWS).filter(pa.array(late))).as_py() or 0
+            partials, starts = partials.filter(pa.array(~late)), starts[~late]
+            if len(starts) == 0:
+                return
+            low, high = int(starts.min()), int(starts.max())
+        self._runs.append(Run(partials, low, high, merged=False))
+
+    def _closed(self, start: int) -> bool:
+        return start + self._spec.size_us <= self._watermark
+
+    def _late(self, starts: Int64Array | int, rows: int) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+        if isinstance(starts, int):
+            return np.full(rows, self._closed(starts))
+        return starts <= self._watermark - self._spec.size_us
+
+    def _bind(self, preaggregation: Preaggregation) -> None:
+        """Types are known: from the first rows, or from a snapshot, with which the rows must then agree."""
+        if self._plan is None:
+            self._plan = preaggregation
+            self._runs = RunStore(preaggregation.merge, WINDOW_START)
+        elif not self._plan.schema.equals(preaggregation.schema):
+            raise DataError(
+                f"{self.ctx}: the restored state has the columns {_brief(self._plan.schema)}, but the input now gives "
+                f"{_brief(preaggregation.schema)}; restore with the aggregates and types of the checkpoint"
+            )
+        if not self._factory.input_is_partial:
+            self._combiner = Combiner(self._plan)
+
+    # ------------------------------------------------------------------------------------------------- windows out
+
+    def on_watermark(self, time: int) -> int:
+        """Fire all windows that end at ``time`` or before, in order of their start, and then pass the watermark on."""
+        if time > self._watermark:
+            self._fire(time)
+            self._watermark = time
+        return self._watermark
+
+    def _fire(self, time: int) -> None:
+        low = None if self._runs is None else self._runs.low
+        if low is None:
+            return
+        if self._closed(low):
+            raise ProtocolError(
+                f"W3: {self.ctx} holds a window from {low} us that had closed by its watermark {self._watermark}"
+            )
+        if low + self._spec.size_us > time:
+            return
+        assert self._runs is not None
+        assert self._plan is not None
+        due = self._runs.take(time - self._spec.size_us)
+        if due is None:
+            return
+        try:
+            table = self._plan.finalise(due.table, self._spec.size_us)
+        except DataError as error:
+            raise DataError(f"{self.ctx}: {error}") from error
+        self.counters.fired_rows += table.num_rows
+        for batch in table.combine_chunks().to_batches(max_chunksize=self._factory.batch_rows):
+            self.out.emit(batch)
+
+    # ------------------------------------------------------------------------------------------------- checkpoints
+
+    def snapshot(self, checkpoint: CheckpointId) -> FrozenState:
+        runs = () if self._runs is None else self._runs.runs()
+        # Until a batch has come the types are unknown; an empty table then only carries the watermark.
+        schema = (
+            pa.schema([(key, pa.null()) for key in self._factory.keys]) if self._plan is None else self._plan.schema
+        )
+        table = FrozenTable(
+            STATE,
+            tuple(run.table for run in runs),
+            schema=schema,
+            key_columns=self._factory.keys or None,
+            meta={
+                "watermark": self._watermark,
+                "late_rows": self.late_rows,
+                "first_group": self.ctx.key_groups.start,
+            },
+        )
+        return FrozenState((table,))
+
+    def restore(self, states: Sequence[RestoredState]) -> None:
+        """Take back the runs of one or, after a change of parallelism, several subtasks.
+
+        The watermark becomes the lowest of the restored ones. In exactly-once mode they are all equal: watermarks are
+        sent to all channels, and the barrier stands behind the same ones on each. They can differ in at-least-once
+        mode, where a row may count twice but must not be lost: the lowest can at worst fire a window again, a higher
+        one would drop rows as late that are not.
+        """
+        for state in states:
+            if state.name != STATE:
+                raise DataError(f"{self.ctx} knows the state {STATE!r}, got {state.name!r}; restore a matching flow")
+            if state.table.num_rows == 0:
+                continue
+            table = state.table.replace_schema_metadata(None)
+            try:
+                plan = Preaggregation.of_partials(self._factory.keys, self._factory.aggregates, table.schema)
+            except PlanError as error:
+                raise DataError(f"{self.ctx} cannot restore state {STATE!r}: {error}") from error
+            self._bind(plan)
+            assert self._runs is not None
+            self._runs.restore(table.select(plan.schema.names))
+        metas = [state.meta for state in states if state.meta]
+        self._watermark = min((int(meta["watermark"]) for meta in metas), default=MIN_WATERMARK)
+        # Each old subtask's counter goes on in one new subtask, so that the sum over subtasks stays right.
+        self.counters.late_rows = sum(
+            int(meta["late_rows"]) for meta in metas if int(meta["first_group"]) in self.ctx.key_groups
+        )
+
+
+def _brief(schema: pa.Schema) -> str:
+    return ", ".join(f"{field.name}: {field.type}" for field in schema)
+
+
+__all__ = [
+    "LATE",
+    "MAX_WATERMARK",
+    "CombineOperator",
+    "LocalCombine",
+    "Tumbling",
+    "WindowAggregate",
+    "WindowOperator",
+    "tumbling",
+]
