@@ -1,0 +1,1 @@
+"""Durable things: object stores, the checkpoint layout, snapshots of state, manifests and their retention."""

@@ -1,0 +1,134 @@
+"""Real and simulated S3 servers for tests: on 127.0.0.1, on free ports, one of each a session.
+
+Import the fixtures where they are needed (``from tests.servers import s3_server``): they start on first use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+KEY, SECRET = "test", "testtest"
+_START_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class S3Server:
+    """Where a server listens and what it takes to use it."""
+
+    endpoint_url: str
+    key: str = KEY
+    secret: str = SECRET
+
+    @property
+    def storage_options(self) -> dict[str, Any]:
+        """For fsspec, `ObjectStore` and `CheckpointConfig`."""
+        return {"key": self.key, "secret": self.secret, "endpoint_url": self.endpoint_url}
+
+    def client(self) -> Any:
+        import boto3
+        from botocore.config import Config
+
+        return boto3.client(
+            "s3",
+            endpoint_url=self.endpoint_url,
+            aws_access_key_id=self.key,
+            aws_secret_access_key=self.secret,
+            region_name="us-east-1",
+            config=Config(retries={"max_attempts": 0}, connect_timeout=2, read_timeout=10),
+        )
+
+    def bucket(self) -> str:
+        """A new empty bucket; its ``s3://`` URL."""
+        name = f"rayflow-{uuid.uuid4().hex[:12]}"
+        with contextlib.closing(self.client()) as client:
+            client.create_bucket(Bucket=name)
+        return f"s3://{name}"
+
+
+@pytest.fixture(scope="session")
+def moto_server() -> Iterator[S3Server]:
+    """S3 as moto imitates it, in this process; in memory."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        yield S3Server(f"http://{host}:{port}")
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3-compatible server (SeaweedFS) with its data in a temporary folder."""
+    with seaweed(tmp_path_factory.mktemp("seaweed")) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def seaweed(folder: Path) -> Iterator[S3Server]:
+    """Run ``weed mini`` on ``folder``; ready means that a bucket was made and read."""
+    ports = _free_ports(12)
+    names = ["master", "volume", "filer", "s3", "admin"]
+    flags = [f"-{name}.port={ports[2 * i]}" for i, name in enumerate(names)]
+    flags += [f"-{name}.port.grpc={ports[2 * i + 1]}" for i, name in enumerate(names)]
+    flags += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-webdav=false", "-admin.ui=false", "-master.telemetry=false"]
+    log = folder / "weed.log"
+    environment = os.environ | {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET}
+    binary = Path(sys.executable).parent / "weed"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [binary, "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", *flags],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            cwd=folder,
+        )
+    try:
+        server = S3Server(f"http://127.0.0.1:{ports[6]}")
+        _wait_until_it_works(server, process, log)
+        yield server
+    finally:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait_until_it_works(server: S3Server, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while True:
+        try:
+            url = server.bucket()
+            with contextlib.closing(server.client()) as client:
+                client.put_object(Bucket=url.removeprefix("s3://"), Key="ready", Body=b"yes")
+                client.get_object(Bucket=url.removeprefix("s3://"), Key="ready")["Body"].read()
+            return
+        except Exception as error:
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"weed mini did not start: {log.read_text()[-2000:]}") from error
+            time.sleep(0.05)  # the server offers nothing to wait on but an answer
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that were free a moment ago; held together, so that they differ."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [int(each.getsockname()[1]) for each in sockets]
