@@ -189,6 +189,6 @@ def run_local(
         checkpoint=outcome.manifest.checkpoint if outcome.manifest else None,
         restarts=machine.restarts,
         tables=collected(plan, outcome.manifest, snapshots),
-        timeline=tuple(outcome.timeline),
+        timeline=machine.timeline,
         metrics=dict(world.metrics),
     )

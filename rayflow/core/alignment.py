@@ -5,8 +5,8 @@ A2  while aligning (exactly-once), a channel that has delivered its barrier yiel
 A5  one alignment at a time: a newer barrier aborts the older by name.
 A6  an ended channel counts as aligned.
 
-In at-least-once mode channels are not blocked: rows behind the barrier of a fast channel then belong to the snapshot *and*
-are sent again after a restore.
+In at-least-once mode channels are not blocked: rows behind the barrier of a fast channel then belong to the snapshot
+*and* are sent again after a restore.
 """
 
 from __future__ import annotations

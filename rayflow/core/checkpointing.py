@@ -84,6 +84,7 @@ class Checkpointing:
         self._last_start = 0.0
         self._last_end = float("-inf")
         self._retry_at = float("-inf")
+        self._end_is_next = False  # one requested checkpoint was let pass before the last one; no more, or it starves
 
     # --------------------------------------------------------------------------------------------- life of the attempt
 
@@ -92,6 +93,7 @@ class Checkpointing:
         self._last_start = now
         self._last_end = self._retry_at = float("-inf")
         self.failures_in_a_row = 0
+        self._end_is_next = False
         self.ending = None
         self._committed.clear()
 
@@ -126,7 +128,7 @@ class Checkpointing:
         if self.pending is not None or self.ending is not None:
             return None
         for kind in (CheckpointKind.PERIODIC, CheckpointKind.SAVEPOINT):
-            if kind in self.requested:
+            if kind in self.requested and not self._end_is_next:
                 return kind, float("-inf")
         if self._roster.all_ended:
             return CheckpointKind.FINAL, self._retry_at
@@ -158,6 +160,7 @@ class Checkpointing:
         if self.pending is not None:
             raise ProtocolError(f"checkpoint {self.pending.checkpoint} is pending, another must not begin")
         checkpoint = self._new_id()
+        self._end_is_next = self._roster.all_ended or CheckpointKind.STOP in self.requested
         if kind is not CheckpointKind.STOP:
             self.requested.discard(kind)
         self.pending = PendingCheckpoint(

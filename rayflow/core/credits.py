@@ -2,7 +2,8 @@
 
 F1  bytes in flight (sent and not yet taken by the receiver's loop) never exceed the credit.
 F2  nothing overtakes on a channel: what has to wait for credit holds back everything behind it, barriers included.
-F3  every queue has a bound: a subtask whose output waits takes no further input, so what waits is the output of one step.
+F3  every queue has a bound: a subtask whose output waits takes no further input, so that what waits is the output of
+    one step.
 
 Both sides count cumulatively, so that a repeated or coalesced credit message changes nothing.
 """
@@ -42,7 +43,7 @@ class OutputAccount:
         """Queue the element; returns what may be sent now, in order."""
         if isinstance(element, Data) and element.nbytes > self._window:
             raise ProtocolError(
-                f"F1: an element of {element.nbytes} bytes on {self._channel} can never fit its credit of {self._window}"
+                f"F1: {element.nbytes} bytes on {self._channel} can never fit its credit of {self._window}"
             )
         self._waiting.append(element)
         return self._release()

@@ -36,8 +36,8 @@ class FileRef:
 class StateHandle:
     """One named state of one operator in one subtask: an Arrow table, in a file or inline (base64 Arrow IPC file).
 
-    Keyed state is sorted by key group: ``group_rows`` lists ``(group, first row)`` in ascending order for the groups that
-    have rows, so that a subtask can restore its own range by reading a row range (rule K3).
+    Keyed state is sorted by key group: ``group_rows`` lists ``(group, first row)`` in ascending order for the groups
+    that have rows, so that a subtask can restore its own range by reading a row range (rule K3).
     """
 
     operator: str

@@ -83,14 +83,18 @@ class Trigger:
 
 @dataclass(frozen=True, slots=True)
 class Complete:
-    """The manifest of this checkpoint is durable (rule C2): commit all that is prepared up to it. Answer: `Committed`."""
+    """The manifest is durable (rule C2): commit all that is prepared up to this checkpoint. Answer: `Committed`."""
 
     checkpoint: CheckpointId
 
 
 @dataclass(frozen=True, slots=True)
 class Abort:
+    """The coordinator gave the checkpoint up. With ``forget`` its state files are garbage and may be deleted at once;
+    without, the outcome of its manifest write is unknown, so they must stay until a later manifest supersedes them."""
+
     checkpoint: CheckpointId
+    forget: bool = True
 
 
 @dataclass(frozen=True, slots=True)

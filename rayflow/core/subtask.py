@@ -73,6 +73,8 @@ class SubtaskMachine:
         """Newest checkpoint whose snapshot was taken; earlier or equal triggers change nothing."""
         self._uploading: set[CheckpointId] = set()
         self._aborted: set[CheckpointId] = set()
+        self._kept: set[CheckpointId] = set()
+        """Aborted ones whose manifest may be durable all the same; their files stay."""
         self._completed = CheckpointId(0)
         self.input_ended = False
         self.stopped = False
@@ -193,14 +195,17 @@ class SubtaskMachine:
             raise ProtocolError(f"C1: {self.subtask} has no upload under way for checkpoint {checkpoint}")
         self._uploading.discard(checkpoint)
         if checkpoint in self._aborted:
-            return [ForgetCheckpoint(checkpoint)]
+            return self._forget(checkpoint)
         return [Tell(Acknowledge(checkpoint, snapshot))]
 
     def on_upload_failed(self, checkpoint: CheckpointId, reason: str) -> list[SubtaskAction]:
         self._uploading.discard(checkpoint)
         if checkpoint in self._aborted:
-            return []
+            return self._forget(checkpoint)
         return [Tell(Decline(checkpoint, reason))]
+
+    def _forget(self, checkpoint: CheckpointId) -> list[SubtaskAction]:
+        return [] if checkpoint in self._kept else [ForgetCheckpoint(checkpoint)]
 
     def on_complete(self, complete: Complete) -> list[SubtaskAction]:
         """Commit everything up to the checkpoint (rule C2). Told twice, or late, it changes nothing."""
@@ -220,6 +225,9 @@ class SubtaskMachine:
         self._aborted.add(checkpoint)
         self._aligner.abort(checkpoint)
         self._gate.unblock()
+        if not abort.forget:
+            self._kept.add(checkpoint)
+            return []
         if checkpoint in self._uploading or checkpoint > self._snapshotted:
             return []
         return [ForgetCheckpoint(checkpoint)]

@@ -8,7 +8,7 @@ event: the loop itself never waits. C2 lives in the order of two events: `Manife
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol, assert_never
 
 from rayflow.config import CheckpointConfig, JobConfig, duration_us
@@ -69,15 +69,6 @@ class CoordinatorHost(Protocol):
         """Run the task off the loop, one at a time and in order; what it returns comes as an event."""
 
 
-@dataclass(frozen=True, slots=True)
-class TimelineEntry:
-    """One line of the story of a job: seconds of the host's clock, what, detail."""
-
-    at: float
-    what: str
-    detail: str = ""
-
-
 @dataclass(slots=True)
 class Outcome:
     """How the job ended; ``state`` None while it runs."""
@@ -86,7 +77,6 @@ class Outcome:
     cause: FailureCause | None = None
     manifest: Manifest | None = None
     """The newest complete one of this coordinator's life."""
-    timeline: list[TimelineEntry] = field(default_factory=list)
 
 
 def settings_of(config: JobConfig, checkpoints: CheckpointConfig | None) -> CoordinatorSettings:
@@ -118,7 +108,6 @@ class CoordinatorRuntime:
         plan: Plan,
         settings: CoordinatorSettings,
         *,
-        run_id: str,
         store: CheckpointStore,
         retain: int,
         host: CoordinatorHost,
@@ -127,7 +116,6 @@ class CoordinatorRuntime:
         self.machine = CoordinatorMachine(plan.topology(), settings)
         self.outcome = Outcome()
         self._plan = plan
-        self._run_id = run_id
         self._store = store
         self._retain = retain
         self._host = host
@@ -177,14 +165,10 @@ class CoordinatorRuntime:
                     self._host.background(self._clean_up(outcome, manifest_complete))
                 case JobEnded(outcome, cause):
                     self.outcome.state, self.outcome.cause = outcome, cause
-                    self._note("job ended", outcome.value + (f": {cause.message}" if cause else ""))
-                case Note(what, detail):
-                    self._note(what, detail)
+                case Note():
+                    pass
                 case _:
                     assert_never(action)
-
-    def _note(self, what: str, detail: str) -> None:
-        self.outcome.timeline.append(TimelineEntry(self._host.now(), what, detail))
 
     # ------------------------------------------------------------------------------------------------ background tasks
 
@@ -233,7 +217,7 @@ class CoordinatorRuntime:
             kind=action.kind.value,
             attempt=action.attempt,
             incarnation=self._incarnation.number,
-            run_id=self._run_id,
+            run_id=self._incarnation.run_id,
             created_at=self._host.wall_time(),
             max_parallelism=self._plan.max_parallelism,
             parallelism={c.id: c.parallelism for c in self._plan.chains},

@@ -103,7 +103,6 @@ class World:
         return CoordinatorRuntime(
             self._plan,
             self._settings,
-            run_id=self._spec.run_id,
             store=self._checkpoints,
             retain=self._retain,
             host=CoordinatorSide(self),

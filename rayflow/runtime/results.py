@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 
 from rayflow.core.manifest import Manifest
+from rayflow.core.timeline import TimelineEntry
 from rayflow.errors import PlanError
 from rayflow.operators.sinks.collect import CollectSink
 from rayflow.plan import Plan
-from rayflow.runtime.coordinator_loop import TimelineEntry
 from rayflow.runtime.ports import SnapshotStore
 
 
