@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Final
 
 import numpy as np
@@ -40,6 +41,9 @@ class Tumbling:
 
     size_us: int
     offset_us: int = 0
+
+    def __str__(self) -> str:
+        return f"tumbling {timedelta(microseconds=self.size_us)}"
 
     def start_of(self, time_us: int) -> int:
         """Start of the window of one time; right before 1970 too, because Python's // floors."""
