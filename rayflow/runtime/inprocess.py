@@ -96,7 +96,7 @@ class World:
         self.last_error: Exception | None = None
         """The last exception that a subtask raised, for chaining."""
         self.metrics: dict[str, float] = {}
-        """Sums over subtasks when the job ended."""
+        """Counters summed over subtasks that were stopped."""
         self.coordinator = self._new_coordinator()
 
     def _new_coordinator(self) -> CoordinatorRuntime:
@@ -136,6 +136,15 @@ class World:
         slot = self.slots.pop(subtask)
         died = SubtaskDied(subtask, slot.incarnation, reason)
         self.post(object(), lambda: self.coordinator_inbox.append(died))
+
+    def retire_subtask(self, subtask: SubtaskId) -> None:
+        """The coordinator stops the process: its resources are released and its counters kept."""
+        runtime = self.slots[subtask].runtime
+        for name, value in runtime.metrics().items():
+            if name not in ("watermark", "peak_in_flight_bytes"):
+                self.metrics[name] = self.metrics.get(name, 0.0) + value
+        runtime.close()
+        self.kill_subtask(subtask, "stopped")
 
     def kill_coordinator(self) -> None:
         """The coordinator dies, and with it the subtasks it owns; a new one begins from storage alone."""
@@ -255,7 +264,7 @@ class CoordinatorSide:
     def stop_subtask(self, subtask: SubtaskId, incarnation: int) -> None:
         slot = self._world.slots.get(subtask)
         if slot is not None and slot.incarnation == incarnation:
-            self._world.kill_subtask(subtask, "stopped")
+            self._world.retire_subtask(subtask)
 
     def send(self, envelope: CommandEnvelope) -> None:
         world = self._world

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from rayflow.core.ids import SubtaskId
 from rayflow.errors import ProtocolError
 from rayflow.runtime.inprocess import World
 
@@ -37,7 +36,7 @@ class LocalDriver:
             if self._on_round is not None:
                 self._on_round(world)
         for subtask in list(world.slots):
-            self._close(subtask)
+            world.retire_subtask(subtask)
 
     def _round(self) -> bool:
         world, progressed = self._world, False
@@ -69,10 +68,3 @@ class LocalDriver:
         if any(slot.runtime.polling for slot in self._world.slots.values()):
             time.sleep(IDLE_SLEEP_S)
         self._world.clock.advance_to(deadline)
-
-    def _close(self, subtask: SubtaskId) -> None:
-        slot = self._world.slots.pop(subtask)
-        for name, value in slot.runtime.metrics().items():
-            if name not in ("watermark", "peak_in_flight_bytes"):
-                self._world.metrics[name] = self._world.metrics.get(name, 0.0) + value
-        slot.runtime.close()
