@@ -52,7 +52,7 @@ class FileFormat(Protocol):
 
 
 class Target(ABC):
-    """Where finished files go. Immutable and picklable; one instance serves one subtask or the coordinator."""
+    """Where finished files go. Made in the process of the subtask that it serves."""
 
     @abstractmethod
     def new_path(self, ctx: OperatorContext, seq: int, suffix: str) -> str:

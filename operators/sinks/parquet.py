@@ -15,6 +15,7 @@ from rayflow.errors import ConfigError, PlanError
 from rayflow.operators.base import Committer
 from rayflow.operators.sinks.files import FileSinkOperator, FileWriter, Rolling
 from rayflow.operators.sinks.local import LocalCommitter, LocalTarget
+from rayflow.operators.sinks.s3 import Bucket, S3Committer, S3Target
 from rayflow.operators.sources.paths import is_local, normalise
 
 SUFFIX = ".parquet"
@@ -93,8 +94,12 @@ class ParquetSink:
                 raise ConfigError(f"write_parquet({name}) must be at least 1, got {value}")
         if self.compression not in COMPRESSIONS:
             raise ConfigError(f"write_parquet(compression) must be one of {COMPRESSIONS}, got {self.compression!r}")
-        if not is_local(str(self.path)):
-            raise PlanError(f"write_parquet writes to a local folder or to s3://bucket/prefix, got {self.path!r}")
+        if not is_local(self._url) and not self._url.startswith(("s3://", "s3a://")):
+            raise PlanError(f"write_parquet writes to a local folder or to s3://bucket/prefix, got {self._url!r}")
+
+    @property
+    def _url(self) -> str:
+        return str(self.path)
 
     @property
     def stateful(self) -> bool:
@@ -102,8 +107,11 @@ class ParquetSink:
 
     def build(self) -> FileSinkOperator:
         rolling = Rolling(self.max_file_rows, self.max_file_bytes)
-        target = LocalTarget(str(self.path))
+        target = LocalTarget(self._url) if is_local(self._url) else S3Target(Bucket(self._url, self.storage_options))
         return FileSinkOperator(ParquetFormat(self.compression), target, rolling, unique_names=self.mode == "append")
 
     def committer(self) -> Committer:
-        return LocalCommitter(str(self.path), SUFFIX, refuse_existing=self.mode == "error")
+        refuse = self.mode == "error"
+        if is_local(self._url):
+            return LocalCommitter(self._url, SUFFIX, refuse)
+        return S3Committer(Bucket(self._url, self.storage_options), SUFFIX, refuse)

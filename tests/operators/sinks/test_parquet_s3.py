@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from moto.server import ThreadedMotoServer
+
+from rayflow.core.manifest import Json
+from rayflow.errors import StorageError
+from rayflow.operators.base import SinkFactory
+from rayflow.operators.sinks import s3
+from rayflow.operators.sinks.parquet import ParquetSink
+from rayflow.operators.sources.parquet import ParquetSource
+from rayflow.operators.sources.paths import open_fs
+from tests.operators.sinks.contract import SinkContract, batch, committer, prepared, started
+from tests.operators.sources.contract import read_all
+
+
+@pytest.fixture(scope="module")
+def options() -> Iterator[dict[str, Any]]:
+    """storage_options of an S3 server in this process."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield {
+        "key": "test",
+        "secret": "testtest",
+        "endpoint_url": f"http://{host}:{port}",
+        # moto answers 500, not NoSuchUpload, when an aborted upload is completed; retrying that takes seconds.
+        "config_kwargs": {"retries": {"max_attempts": 0}},
+    }
+    server.stop()
+
+
+@pytest.fixture
+def url(options: dict[str, Any], request: pytest.FixtureRequest) -> str:
+    """A prefix in a new bucket."""
+    name = f"b{abs(hash(request.node.nodeid))}"
+    fs, _ = open_fs("s3://x", options)
+    fs.call_s3("create_bucket", Bucket=name)
+    return f"s3://{name}/deep/out"
+
+
+class TestContract(SinkContract):
+    @pytest.fixture
+    def factory(self, url: str, options: dict[str, Any]) -> SinkFactory:
+        self.url, self.bucket = url, s3.Bucket(url, options)
+        self.fs, _ = open_fs(url, options)
+        return ParquetSink(url, storage_options=options)
+
+    def visible(self) -> list[int]:
+        values: list[int] = []
+        for name in self.names():
+            with self.fs.open(f"{self.url}/{name}") as file:
+                values += pq.read_table(file)["x"].to_pylist()
+        return sorted(values)
+
+    def names(self) -> list[str]:
+        return sorted(path.rpartition("/")[2] for path in self.fs.find(self.bucket.name))
+
+    def leftovers(self) -> Sequence[object]:
+        return list(self.bucket.uploads())
+
+    def lose(self, committable: Json) -> None:
+        self.bucket.abort(committable["key"], committable["upload_id"])
+
+
+def test_an_upload_of_several_parts(url: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "PART_BYTES", 5 * 1024 * 1024)
+    sink = ParquetSink(url, storage_options=options, compression="none")
+    operator = started(sink)
+    table = pa.table({"x": pa.array(range(1_500_000))})
+    for piece in table.to_batches(max_chunksize=100_000):
+        operator.process(piece, 0)
+    (found,) = prepared(operator, 1)
+    assert len(found["parts"]) > 2
+    committer(sink).commit([found])
+    assert read_all(ParquetSource(url, storage_options=options)).equals(table)
+
+
+def test_commit_never_overwrites_an_object_that_is_not_ours(url: str, options: dict[str, Any]) -> None:
+    sink = ParquetSink(url, storage_options=options)
+    operator = started(sink)
+    operator.process(batch(1), 0)
+    (found,) = prepared(operator, 1)
+    fs, _ = open_fs(url, options)
+    fs.pipe_file(f"{found['bucket']}/{found['key']}", b"m" * found["nbytes"])
+    with pytest.raises(StorageError, match="not ours"):
+        committer(sink).commit([found])
+    assert fs.cat_file(f"{found['bucket']}/{found['key']}")[:1] == b"m"
+
+
+def test_an_answer_that_was_lost_is_not_a_lost_commit(url: str, options: dict[str, Any]) -> None:
+    """The server completed the upload, but the client saw an error; or it did not, and the upload is still open."""
+    operator = started(ParquetSink(url, storage_options=options))
+    operator.process(batch(1), 0)
+    found = prepared(operator, 1)
+    done = False
+
+    class Flaky(s3.Bucket):
+        def call(self, method: str, **arguments: Any) -> Any:
+            if method != "complete_multipart_upload":
+                return s3.Bucket.call(self, method, **arguments)
+            if done:
+                s3.Bucket.call(self, method, **arguments)
+            raise StorageError("timeout")
+
+    with pytest.raises(StorageError, match="timeout"):
+        s3.S3Committer(Flaky(url, options), ".parquet", True).commit(found)
+    done = True
+    s3.S3Committer(Flaky(url, options), ".parquet", True).commit(found)
+    assert read_all(ParquetSource(url, storage_options=options))["x"].to_pylist() == [1]
+
+
+def test_recovery_leaves_other_prefixes_alone(url: str, options: dict[str, Any]) -> None:
+    other = s3.Bucket(f"{url}-of-others", options)
+    other.call("create_multipart_upload", Key=other.key("part-1"))
+    committer(ParquetSink(url, storage_options=options)).recover([], fresh=True)
+    assert len(list(other.uploads())) == 1
+
+
+def test_listings_of_several_pages(url: str, options: dict[str, Any]) -> None:
+    bucket = s3.Bucket(url, options)
+    for i in range(3):
+        bucket.call("create_multipart_upload", Key=bucket.key(f"part-{i}"))
+
+    class Small(s3.Bucket):
+        def call(self, method: str, **arguments: Any) -> Any:
+            extra = {"MaxUploads": 1} if method == "list_multipart_uploads" else {}
+            return s3.Bucket.call(self, method, **arguments, **extra)
+
+    assert [key for key, _ in Small(url, options).uploads()] == [bucket.key(f"part-{i}") for i in range(3)]
+
+
+def test_spool_is_removed(url: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    operator = started(ParquetSink(url, storage_options=options))
+    operator.process(batch(1), 0)
+    prepared(operator, 1)
+    (spool,) = tmp_path.iterdir()
+    assert list(spool.iterdir()) == []
+    operator.process(batch(2), 0)
+    operator.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_bucket_and_wrong_endpoint(options: dict[str, Any]) -> None:
+    with pytest.raises(StorageError, match="no bucket 'nosuch'"):
+        committer(ParquetSink("s3://nosuch/x", storage_options=options)).recover([], fresh=True)
+    dead = {**options, "endpoint_url": "http://127.0.0.1:9"}
+    with pytest.raises(StorageError, match="storage_options"):
+        committer(ParquetSink("s3://nosuch/x", storage_options=dead)).recover([], fresh=True)
