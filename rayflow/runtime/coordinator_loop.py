@@ -37,7 +37,7 @@ from rayflow.core.events import (
     WriteManifest,
 )
 from rayflow.core.ids import Attempt, SubtaskId
-from rayflow.core.manifest import Manifest, SplitState
+from rayflow.core.manifest import Manifest, SplitState, SubtaskSnapshot
 from rayflow.core.messages import CommandEnvelope, FailureCause
 from rayflow.core.restart import RestartSpec
 from rayflow.errors import FencedError, StateTooLargeError
@@ -48,6 +48,14 @@ from rayflow.storage.checkpoints import CheckpointStore, Incarnation
 
 MEMORY_STATE_BYTES = 64 * 1024 * 1024
 """Bound of ``state="memory"``: snapshots of the whole job held by the coordinator."""
+
+CHECKPOINT_FIGURES = (
+    "checkpoints",
+    "checkpoint_bytes",
+    "checkpoint_sync_s_max",
+    "checkpoint_async_s_max",
+    "checkpoint_alignment_s_max",
+)
 
 
 class CoordinatorHost(Protocol):
@@ -127,6 +135,8 @@ class CoordinatorRuntime:
             if (committer := planned.factory.committer()) is not None:
                 self._committers[operator] = committer
         self._operators = {o.id: o.title for o in plan.operators().values() if o.stateful}
+        self.checkpoint_figures = dict.fromkeys(CHECKPOINT_FIGURES, 0.0)
+        """Over all checkpoints that were acknowledged by everybody; see `CHECKPOINT_FIGURES`."""
 
     @property
     def ended(self) -> bool:
@@ -211,6 +221,7 @@ class CoordinatorRuntime:
 
     def _write_manifest(self, action: WriteManifest) -> Callable[[], CoordinatorEvent]:
         assert self._incarnation is not None
+        self._count(action.snapshots)
         manifest = Manifest(
             job=self._plan.name,
             checkpoint=action.checkpoint,
@@ -238,6 +249,15 @@ class CoordinatorRuntime:
             return ManifestWritten(manifest.checkpoint)
 
         return write
+
+    def _count(self, snapshots: Sequence[SubtaskSnapshot]) -> None:
+        figures = self.checkpoint_figures
+        figures["checkpoints"] += 1
+        for stats in (snapshot.stats for snapshot in snapshots):
+            figures["checkpoint_bytes"] += stats.nbytes
+            for name in ("sync_s", "async_s", "alignment_s"):
+                key = f"checkpoint_{name}_max"
+                figures[key] = max(figures[key], getattr(stats, name))
 
     def _check_memory(self, manifest: Manifest) -> None:
         if self._memory_bound is None:

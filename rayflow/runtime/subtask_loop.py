@@ -40,6 +40,7 @@ from rayflow.core.messages import (
     Failed,
     FailureCause,
     Heartbeat,
+    InputEnded,
     Launch,
     Ready,
     Report,
@@ -497,6 +498,9 @@ class SubtaskRuntime:
                 case ForgetCheckpoint(checkpoint):
                     self._forget(checkpoint)
                 case Tell(report):
+                    if isinstance(report, InputEnded):
+                        # The last word on what this subtask has counted.
+                        self._report(Heartbeat(self.metrics()))
                     self._report(report)
                 case _:
                     assert_never(action)
