@@ -213,11 +213,11 @@ class Failover:
         assert (self.load is LoadState.READ) == (self._recovered is not None)
         if self.launched == attempt and attempt:
             assert self.sinks_recovered == attempt, "R1: launched before the sinks were recovered"
+            manifest = self.manifest
+            assert manifest is None or manifest.checkpoint not in self.void, "C5: restored from a void manifest"
         if running:
             assert self.launched == attempt, "running without a launch"
             assert self._roster.all_run, "running without all subtasks"
-        manifest = self.manifest
-        assert manifest is None or manifest.checkpoint not in self.void
 
 
 def lost_commit(checkpoint: CheckpointId) -> FailureCause:

@@ -16,6 +16,7 @@ from random import Random
 
 from rayflow.core.coordinator import CoordinatorMachine, CoordinatorSettings
 from rayflow.core.events import (
+    CheckpointRequested,
     CleanUp,
     CoordinatorAction,
     CoordinatorEvent,
@@ -65,6 +66,7 @@ from rayflow.core.messages import (
     Trigger,
 )
 from rayflow.core.resequence import Resequencer
+from rayflow.core.restore import splits_of
 from rayflow.core.topology import Topology
 
 ROWS = 4
@@ -153,13 +155,14 @@ class Process:
     barrier: int = 0  # the last one that went downstream
     splits: list[SplitState] = field(default_factory=list)
     no_more: bool = False
+    stopped: bool = False
     asked: bool = False
     rows: list[tuple[str, int]] = field(default_factory=list)
     prepared: list[str] = field(default_factory=list)
     uploads: list[tuple[int, SubtaskSnapshot]] = field(default_factory=list)
 
     def reset(self) -> None:
-        self.launched = self.ended = self.no_more = self.asked = False
+        self.launched = self.ended = self.no_more = self.asked = self.stopped = False
         self.begun = self.barrier = self.sent = 0
         self.splits, self.rows, self.prepared, self.uploads = [], [], [], []
 
@@ -246,12 +249,14 @@ class Faults:
     declines: int = 0
     write_failures: int = 0
     late_writes: int = 0
+    requests: int = 0
+    """Of users: a checkpoint, a savepoint, a stop."""
     disorder: bool = False
     """Reports and commands are reordered and repeated."""
 
 
 NO_FAULTS = Faults()
-ALL_FAULTS = Faults(kills=4, hangs=1, raises=1, declines=2, write_failures=2, late_writes=2, disorder=True)
+ALL_FAULTS = Faults(kills=4, hangs=1, raises=1, declines=2, write_failures=2, late_writes=2, requests=1, disorder=True)
 
 
 class Cluster:
@@ -279,6 +284,7 @@ class Cluster:
         self.to_machine: list[CoordinatorEvent] = []
         self.to_processes: list[SendCommand] = []
         self.background: list[CoordinatorAction] = []
+        self.past: list[Reported] = []  # to be heard again, much later
         self.outcome: JobEnded | None = None
         self.budget = Counter(
             kill=faults.kills,
@@ -287,6 +293,7 @@ class Cluster:
             decline=faults.declines,
             write=faults.write_failures,
             late=faults.late_writes,
+            request=faults.requests,
         )
         self.disorder = faults.disorder
 
@@ -301,11 +308,21 @@ class Cluster:
         raise Violation(f"the job does not end: {self.machine.state} {self.machine.timeline[-8:]}")
 
     def check_output(self) -> None:
+        """Each row exactly once; of a job that was stopped, each row before the positions of its last manifest."""
         expected = Counter((s.split_id, i) for s in self.splits for i in range(ROWS))
+        manifest = self.storage.latest()
+        if self.outcome is not None and self.outcome.outcome is JobState.STOPPED:
+            require(manifest is not None, "stopped without a savepoint")
+            for split in splits_of(manifest):
+                expected -= Counter((split.split_id, i) for i in range(split.position or 0, ROWS))
         require(self.storage.rows() == expected, "R3: the committed rows are not those of the run without a failure")
 
     def step(self) -> None:
         self.now += self.random.random() * 0.02
+        if self.disorder and self.past and self.random.random() < 0.1:
+            self.tell(self.random.choice(self.past))
+        if self.outcome is not None:
+            return
         if self.storage.late and self.random.random() < 0.02:
             self.storage.create(self.storage.late.pop())
         if self.random.random() < 0.02:
@@ -370,7 +387,7 @@ class Cluster:
         if not up:
             return
         victim = self.random.choice(up)
-        match self.random.choice(["kill", "hang", "raises"]):
+        match self.random.choice(["kill", "hang", "raises", "request"]):
             case "kill" if self.budget["kill"] > 0:
                 self.budget["kill"] -= 1
                 self.kill(victim.subtask)
@@ -380,6 +397,10 @@ class Cluster:
             case "raises" if self.budget["raises"] > 0 and victim.launched:
                 self.budget["raises"] -= 1
                 self.report(victim, Failed(FailureCause("boom", kind="ValueError")))
+            case "request" if self.budget["request"] > 0:
+                self.budget["request"] -= 1
+                kinds = [CheckpointKind.PERIODIC, CheckpointKind.SAVEPOINT, CheckpointKind.STOP]
+                self.to_machine.append(CheckpointRequested(self.random.choice(kinds)))
             case _:
                 pass
 
@@ -404,7 +425,10 @@ class Cluster:
 
     def report(self, process: Process, report: Report) -> None:
         attempt = process.commands.attempt
-        self.to_machine.append(Reported(ReportEnvelope(attempt, process.subtask, process.sent, report)))
+        event = Reported(ReportEnvelope(attempt, process.subtask, process.sent, report))
+        self.to_machine.append(event)
+        if not isinstance(report, Heartbeat):
+            self.past.append(event)
         process.sent += 1
 
     def _obey(self, p: Process, command: Command) -> None:
@@ -419,7 +443,8 @@ class Cluster:
                 p.asked = False
                 p.splits += splits
                 p.no_more = p.no_more or no_more
-            case Trigger(n):
+            case Trigger(n, kind):
+                p.stopped = p.stopped or kind is CheckpointKind.STOP
                 require(p.is_source or p.ended, "A6: a trigger where a barrier will come")
                 if n > p.begun:
                     self._begin(p, n)
@@ -460,7 +485,7 @@ class Cluster:
         if p.uploads:
             return True
         if p.is_source:
-            return not p.ended and (bool(p.splits) or p.no_more or not p.asked)
+            return not p.ended and not p.stopped and (bool(p.splits) or p.no_more or not p.asked)
         upstream = self._upstream(p)
         if any(not u.alive or u.commands.attempt != p.commands.attempt for u in upstream):
             return False
@@ -480,6 +505,8 @@ class Cluster:
             elif not p.ended and all(u.ended for u in self._upstream(p)):
                 p.ended = True
                 self.report(p, InputEnded())
+        elif p.stopped:
+            pass
         elif p.splits:
             self._read(p)
         elif p.no_more and not p.ended:
