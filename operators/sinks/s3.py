@@ -65,16 +65,13 @@ class Bucket:
             return None
         return int(found["ContentLength"]), str(found.get("Metadata", {}).get(_TOKEN, ""))
 
-    def uploads(self) -> Iterator[tuple[str, str]]:
-        """(key, upload id) of every open multipart upload of this sink."""
-        markers: dict[str, str] = {}
-        while True:
-            page = self.call("list_multipart_uploads", Prefix=self.key("part-"), **markers)
-            for upload in page.get("Uploads", []):
-                yield upload["Key"], upload["UploadId"]
-            if not page.get("IsTruncated"):
-                return
-            markers = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+    def uploads(self) -> list[tuple[str, str]]:
+        """(key, upload id) of the first open multipart uploads of this sink, up to 1,000.
+
+        There is no second page: SeaweedFS truncates without saying where to go on. Abort these and ask again.
+        """
+        page = self.call("list_multipart_uploads", Prefix=self.key("part-"))
+        return [(upload["Key"], upload["UploadId"]) for upload in page.get("Uploads", [])]
 
     def objects(self) -> Iterator[str]:
         """Keys directly below the prefix."""
@@ -161,8 +158,11 @@ class S3Committer(Committer):
 
     def finish(self) -> None:
         # What was committed is no upload any more, so whatever is still open belongs to no checkpoint.
-        for key, upload_id in list(self.bucket.uploads()):
-            self.bucket.abort(key, upload_id)
+        aborted: set[tuple[str, str]] = set()
+        while found := [upload for upload in self.bucket.uploads() if upload not in aborted]:
+            for key, upload_id in found:
+                self.bucket.abort(key, upload_id)
+            aborted.update(found)
 
     def _complete(self, committable: Json) -> None:
         key = str(committable["key"])

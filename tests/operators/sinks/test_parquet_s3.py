@@ -1,17 +1,15 @@
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from moto.server import ThreadedMotoServer
 
 from rayflow.core.manifest import Json
-from rayflow.errors import StorageError
+from rayflow.errors import DataError, StorageError
 from rayflow.operators.base import SinkFactory
 from rayflow.operators.sinks import s3
 from rayflow.operators.sinks.parquet import ParquetSink
@@ -19,32 +17,27 @@ from rayflow.operators.sources.parquet import ParquetSource
 from rayflow.operators.sources.paths import open_fs
 from tests.operators.sinks.contract import SinkContract, batch, committer, prepared, started
 from tests.operators.sources.contract import read_all
+from tests.servers import S3Server, moto_server, s3_server
+
+__all__ = ["moto_server", "s3_server"]  # fixtures, used by name
 
 
-@pytest.fixture(scope="module")
-def options() -> Iterator[dict[str, Any]]:
-    """storage_options of an S3 server in this process."""
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield {
-        "key": "test",
-        "secret": "testtest",
-        "endpoint_url": f"http://{host}:{port}",
-        # moto answers 500, not NoSuchUpload, when an aborted upload is completed; retrying that takes seconds.
-        "config_kwargs": {"retries": {"max_attempts": 0}},
-    }
-    server.stop()
+@pytest.fixture(params=["moto_server", "s3_server"])
+def server(request: pytest.FixtureRequest) -> S3Server:
+    found = request.getfixturevalue(request.param)
+    assert isinstance(found, S3Server)
+    return found
 
 
 @pytest.fixture
-def url(options: dict[str, Any], request: pytest.FixtureRequest) -> str:
-    """A prefix in a new bucket."""
-    name = f"b{abs(hash(request.node.nodeid))}"
-    fs, _ = open_fs("s3://x", options)
-    fs.call_s3("create_bucket", Bucket=name)
-    return f"s3://{name}/deep/out"
+def options(server: S3Server) -> dict[str, Any]:
+    # moto answers 500, not NoSuchUpload, when an aborted upload is completed; retrying that takes seconds.
+    return {**server.storage_options, "config_kwargs": {"retries": {"max_attempts": 0}}}
+
+
+@pytest.fixture
+def url(server: S3Server) -> str:
+    return f"{server.bucket()}/deep/out"
 
 
 class TestContract(SinkContract):
@@ -65,7 +58,7 @@ class TestContract(SinkContract):
         return sorted(path.rpartition("/")[2] for path in self.fs.find(self.bucket.name))
 
     def leftovers(self) -> Sequence[object]:
-        return list(self.bucket.uploads())
+        return self.bucket.uploads()
 
     def lose(self, committable: Json) -> None:
         self.bucket.abort(committable["key"], committable["upload_id"])
@@ -122,20 +115,36 @@ def test_recovery_leaves_other_prefixes_alone(url: str, options: dict[str, Any])
     other = s3.Bucket(f"{url}-of-others", options)
     other.call("create_multipart_upload", Key=other.key("part-1"))
     committer(ParquetSink(url, storage_options=options)).recover([], fresh=True)
-    assert len(list(other.uploads())) == 1
+    assert len(other.uploads()) == 1
 
 
-def test_listings_of_several_pages(url: str, options: dict[str, Any]) -> None:
+def test_more_leftovers_than_one_listing_shows(url: str, options: dict[str, Any]) -> None:
     bucket = s3.Bucket(url, options)
     for i in range(3):
         bucket.call("create_multipart_upload", Key=bucket.key(f"part-{i}"))
 
-    class Small(s3.Bucket):
+    class Short(s3.Bucket):
         def call(self, method: str, **arguments: Any) -> Any:
             extra = {"MaxUploads": 1} if method == "list_multipart_uploads" else {}
             return s3.Bucket.call(self, method, **arguments, **extra)
 
-    assert [key for key, _ in Small(url, options).uploads()] == [bucket.key(f"part-{i}") for i in range(3)]
+    s3.S3Committer(Short(url, options), ".parquet", True).recover([], fresh=True)
+    assert bucket.uploads() == []
+
+
+def test_output_of_another_run_on_a_later_page(url: str, options: dict[str, Any]) -> None:
+    bucket = s3.Bucket(url, options)
+    for name in ("a.txt", "b.txt", "c.parquet", "deeper/d.txt"):
+        bucket.call("put_object", Key=bucket.key(name), Body=b"x")
+
+    class Short(s3.Bucket):
+        def call(self, method: str, **arguments: Any) -> Any:
+            extra = {"MaxKeys": 1} if method == "list_objects_v2" else {}
+            return s3.Bucket.call(self, method, **arguments, **extra)
+
+    assert sorted(Short(url, options).objects()) == [bucket.key(name) for name in ("a.txt", "b.txt", "c.parquet")]
+    with pytest.raises(DataError, match=r"another run \(such as c.parquet"):
+        s3.S3Committer(Short(url, options), ".parquet", True).recover([], fresh=True)
 
 
 def test_spool_is_removed(url: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
