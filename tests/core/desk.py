@@ -32,7 +32,7 @@ from rayflow.core.messages import (
 )
 from rayflow.core.roster import Heard
 from rayflow.core.topology import Topology
-from tests.core.harness import small_topology, some_splits
+from tests.core.fakes import small_topology, some_splits
 
 SOURCE_0, SOURCE_1 = SubtaskId("source", 0), SubtaskId("source", 1)
 MIDDLE_0, MIDDLE_1 = SubtaskId("middle", 0), SubtaskId("middle", 1)

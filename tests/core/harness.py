@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from random import Random
 
@@ -20,7 +19,6 @@ from rayflow.core.events import (
     CleanUp,
     CoordinatorAction,
     CoordinatorEvent,
-    DiscardCheckpoint,
     JobCleaned,
     JobEnded,
     JobState,
@@ -40,7 +38,7 @@ from rayflow.core.events import (
     Tick,
     WriteManifest,
 )
-from rayflow.core.ids import Attempt, ChannelId, CheckpointId, SubtaskId
+from rayflow.core.ids import Attempt, CheckpointId, SubtaskId
 from rayflow.core.manifest import Committable, Manifest, SplitState, SubtaskSnapshot
 from rayflow.core.messages import (
     Abort,
@@ -65,198 +63,13 @@ from rayflow.core.messages import (
     SplitRequest,
     Trigger,
 )
-from rayflow.core.resequence import Resequencer
 from rayflow.core.restore import splits_of
 from rayflow.core.topology import Topology
+from tests.core.fakes import NO_FAULTS, Faults, Process, Storage, small_topology, some_splits
+from tests.core.watch import Violation, Watch, require
 
 ROWS = 4
 """Rows of every split."""
-
-
-class Violation(AssertionError):
-    """A numbered rule was broken."""
-
-
-def require(condition: bool, rule: str) -> None:
-    if not condition:
-        raise Violation(rule)
-
-
-def small_topology(sources: int = 2, middles: int = 2, sinks: int = 1) -> Topology:
-    """source -> middle -> last, all to all."""
-    sizes = {"source": sources, "middle": middles, "last": sinks}
-    subtasks = tuple(SubtaskId(chain, i) for chain, n in sizes.items() for i in range(n))
-    channels = tuple(
-        ChannelId(edge, a, b)
-        for edge, (up, down) in enumerate((("source", "middle"), ("middle", "last")))
-        for a in subtasks
-        if a.chain == up
-        for b in subtasks
-        if b.chain == down
-    )
-    return Topology(
-        subtasks=subtasks,
-        sources=frozenset({"source"}),
-        channels=channels,
-        parallelism=sizes,
-        max_parallelism=16,
-        operators_of={"source": ("read",), "middle": ("count",), "last": ("write",)},
-        keyed_operators=frozenset({"count"}),
-    )
-
-
-def some_splits(count: int) -> tuple[SplitState, ...]:
-    return tuple(SplitState("source", f"s{i}", i, {"n": i}) for i in range(count))
-
-
-@dataclass
-class Storage:
-    """Manifests, create-if-absent, and the table that the sinks write to."""
-
-    manifests: dict[int, Manifest] = field(default_factory=dict)
-    void: set[int] = field(default_factory=set)
-    late: list[Manifest] = field(default_factory=list)  # told as failed, not durable yet
-    highest: int = 0
-    staged: dict[str, list[tuple[str, int]]] = field(default_factory=dict)
-    committed: dict[str, list[tuple[str, int]]] = field(default_factory=dict)
-
-    def create(self, manifest: Manifest) -> bool:
-        if manifest.checkpoint in self.void or manifest.checkpoint in self.manifests:
-            return False
-        self.manifests[manifest.checkpoint] = manifest
-        return True
-
-    def latest(self) -> Manifest | None:
-        return self.manifests[max(self.manifests)] if self.manifests else None
-
-    def commit(self, name: str) -> None:
-        if name not in self.committed:
-            require(name in self.staged, f"S1: {name} was prepared and is gone: a lost commit")
-            self.committed[name] = self.staged.pop(name)
-
-    def rows(self) -> Counter[tuple[str, int]]:
-        return Counter(row for rows in self.committed.values() for row in rows)
-
-
-@dataclass
-class Process:
-    """One process of one subtask."""
-
-    subtask: SubtaskId
-    incarnation: int
-    is_source: bool
-    alive: bool = True
-    hung: bool = False
-    commands: Resequencer[Command] = field(default_factory=lambda: Resequencer[Command](Attempt(0), follow=True))
-    sent: int = 0
-    launched: bool = False
-    ended: bool = False
-    begun: int = 0
-    barrier: int = 0  # the last one that went downstream
-    splits: list[SplitState] = field(default_factory=list)
-    no_more: bool = False
-    stopped: bool = False
-    asked: bool = False
-    rows: list[tuple[str, int]] = field(default_factory=list)
-    prepared: list[str] = field(default_factory=list)
-    uploads: list[tuple[int, SubtaskSnapshot]] = field(default_factory=list)
-
-    def reset(self) -> None:
-        self.launched = self.ended = self.no_more = self.asked = self.stopped = False
-        self.begun = self.barrier = self.sent = 0
-        self.splits, self.rows, self.prepared, self.uploads = [], [], [], []
-
-
-class Watch:
-    """Checks the trace of actions and events against the rules, independently of the machine's own invariants."""
-
-    def __init__(self) -> None:
-        self.sequence: dict[tuple[int, SubtaskId], int] = {}
-        self.triggered: list[int] = []
-        self.open: int | None = None
-        self.writes: set[int] = set()
-        self.durable: set[int] = set()
-        self.sinks_recovered: set[int] = set()
-        self.final_durable = False
-        self.ended = False
-        self.final: set[int] = set()
-
-    def event(self, event: CoordinatorEvent) -> None:
-        match event:
-            case ManifestWritten(n):
-                self.durable.add(n)
-                self.final_durable = self.final_durable or n in self.final
-            case SinksRecovered(attempt):
-                self.sinks_recovered.add(attempt)
-            case _:
-                pass
-
-    def action(self, action: CoordinatorAction) -> None:
-        if isinstance(action, Note):
-            return
-        require(not self.ended, "C3: an action after the end of the job")
-        match action:
-            case SendCommand(attempt, subtask, sequence, command):
-                expected = self.sequence.get((attempt, subtask), 0)
-                require(sequence == expected, "C6: commands are numbered without a gap")
-                require((sequence == 0) == isinstance(command, Reset), "C6: Reset opens an attempt")
-                self.sequence[attempt, subtask] = sequence + 1
-                self._command(attempt, command)
-            case WriteManifest(n):
-                require(n == self.open, "C1: written without being pending")
-                require(n not in self.writes, "C5: written twice")
-                self.writes.add(n)
-                if action.kind is CheckpointKind.FINAL:
-                    self.final.add(n)
-            case DiscardCheckpoint(n):
-                require(n not in self.writes, "C5: discarded after its manifest write went out")
-                self.open = None if n == self.open else self.open
-            case CleanUp(outcome):
-                require(outcome is not JobState.FINISHED or self.final_durable, "finished without a final checkpoint")
-            case JobEnded():
-                self.ended = True
-            case _:
-                pass
-
-    def _command(self, attempt: Attempt, command: Command) -> None:
-        match command:
-            case Trigger(n):
-                if n != self.open:
-                    require(not self.triggered or n > self.triggered[-1], "C4: ids strictly increase")
-                    require(self.open is None, "a checkpoint begins while another is pending")
-                    self.triggered.append(n)
-                    self.open = n
-            case Complete(n):
-                require(n in self.durable, "C2: complete before the manifest is durable")
-                self.open = None if n == self.open else self.open
-            case Abort(n):
-                self.open = None if n == self.open else self.open
-            case Reset():
-                self.open = None
-            case Launch():
-                require(attempt in self.sinks_recovered, "R1: launched before the sinks are recovered")
-            case _:
-                pass
-
-
-@dataclass(frozen=True)
-class Faults:
-    """How many of each may happen in one run."""
-
-    kills: int = 0
-    hangs: int = 0
-    raises: int = 0
-    declines: int = 0
-    write_failures: int = 0
-    late_writes: int = 0
-    requests: int = 0
-    """Of users: a checkpoint, a savepoint, a stop."""
-    disorder: bool = False
-    """Reports and commands are reordered and repeated."""
-
-
-NO_FAULTS = Faults()
-ALL_FAULTS = Faults(kills=4, hangs=1, raises=1, declines=2, write_failures=2, late_writes=2, requests=1, disorder=True)
 
 
 class Cluster:

@@ -62,7 +62,7 @@ from tests.core.desk import (
     others,
     running_desk,
 )
-from tests.core.harness import some_splits
+from tests.core.fakes import some_splits
 
 
 def test_first_launch_step_by_step() -> None:

@@ -33,7 +33,7 @@ from rayflow.core.messages import (
 )
 from rayflow.core.roster import Heard
 from tests.core.desk import ALL, LAST, SETTINGS, SOURCE_0, SOURCES, Desk, commands, others, running_desk
-from tests.core.harness import some_splits
+from tests.core.fakes import some_splits
 
 ONE, TWO = CheckpointId(1), CheckpointId(2)
 PATIENT = replace(SETTINGS, hang_timeout_s=10_000.0)

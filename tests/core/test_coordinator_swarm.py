@@ -20,7 +20,9 @@ from rayflow.core.messages import CheckpointKind, Complete, ReportEnvelope
 from rayflow.core.restart import RestartSpec
 from rayflow.core.roster import Heard
 from rayflow.errors import ProtocolError
-from tests.core.harness import ALL_FAULTS, Cluster, Faults, Violation, small_topology
+from tests.core.fakes import ALL_FAULTS, Faults, small_topology
+from tests.core.harness import Cluster
+from tests.core.watch import Violation
 
 SEEDS = 1000
 

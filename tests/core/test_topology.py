@@ -13,7 +13,7 @@ from rayflow.core.restore import states_for
 from rayflow.core.topology import Topology
 from rayflow.errors import ConfigError, ProtocolError
 from tests.core.desk import LAST, MIDDLE_0, SOURCE_0, SOURCE_1, SOURCES, manifest_of
-from tests.core.harness import small_topology
+from tests.core.fakes import small_topology
 
 
 def test_neighbours() -> None:
