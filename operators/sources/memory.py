@@ -49,6 +49,9 @@ class ArrowSource(Source):
     def schema(self) -> pa.Schema:
         return self.table.schema
 
+    def declared_schema(self) -> pa.Schema:
+        return self.table.schema
+
     def discover(self) -> Sequence[tuple[str, Json]]:
         rows = self.table.num_rows
         edges = [rows * i // self.splits for i in range(self.splits + 1)]
@@ -135,6 +138,9 @@ class GeneratorSource(Source):
         return self._bounded
 
     def schema(self) -> pa.Schema:
+        return self._schema
+
+    def declared_schema(self) -> pa.Schema:
         return self._schema
 
     def discover(self) -> Sequence[tuple[str, Json]]:

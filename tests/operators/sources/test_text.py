@@ -11,8 +11,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from rayflow.core.manifest import Json
 from rayflow.errors import ConfigError, DataError, PlanError
-from rayflow.operators.base import Source
+from rayflow.operators.base import OperatorContext, Source, SplitReader
 from rayflow.operators.sources import lines
 from rayflow.operators.sources.lines import LineReader
 from rayflow.operators.sources.text import CsvSource, JsonSource
@@ -105,6 +106,18 @@ def test_any_cut_into_ranges_gives_every_line_once(tmp_path: Path, monkeypatch: 
         monkeypatch.setattr(lines, "SPLIT_BYTES", dice.choice([1, 2, 3, 10, 100, 10_000]))
         source = CsvSource(tmp_path, schema=pa.schema([("v", pa.string())]))
         assert read_all(source)["v"].to_pylist() == values, i
+
+
+def test_the_contract_catches_a_range_that_keeps_a_torn_first_line(tmp_path: Path, tiny: None) -> None:
+    class Torn(CsvSource):
+        """Broken on purpose: takes the byte at which a range begins for the beginning of a line."""
+
+        def reader(self, split: Json, position: Json, ctx: OperatorContext) -> SplitReader:
+            return super().reader({**split, "at_line": True}, position, ctx)
+
+    write_csv(tmp_path / "1.csv", 0, ROWS)
+    with pytest.raises((AssertionError, DataError)):
+        SourceContract().test_splits_together_hold_every_row_once(Torn(tmp_path), expected_table())
 
 
 def csv(path: Path, text: str, **options: Any) -> CsvSource:
