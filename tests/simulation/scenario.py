@@ -1,0 +1,221 @@
+"""What runs: a flow of a family, its input, its configuration and what must come out, all drawn from the seed.
+
+The expected output is computed here in plain Python from the input rows; no part of the engine has a hand in it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from random import Random
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from rayflow import stream as rf
+from rayflow.config import JobConfig
+from rayflow.core.coordinator import CoordinatorSettings
+from rayflow.core.restart import RestartSpec
+from rayflow.expressions import col
+from rayflow.graph import Node
+from rayflow.operators.aggregates import count
+from rayflow.operators.aggregates import max as max_of
+from rayflow.operators.aggregates import sum as sum_of
+from rayflow.operators.windows import tumbling
+from rayflow.plan import Plan, build_plan
+from rayflow.stream import Stream
+from tests.simulation.faults import Faults
+from tests.simulation.target import FakeSink, Row, Target
+
+SCHEMA = pa.schema([("k", pa.int64()), ("t", pa.timestamp("us")), ("v", pa.int64())])
+SECOND = 1_000_000
+
+InputRow = tuple[int, int, int]
+Mode = Literal["exactly_once", "at_least_once"]
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One drawn job. ``expected`` is the committed output by sink of a run without faults."""
+
+    what: str
+    plan: Plan
+    config: JobConfig
+    settings: CoordinatorSettings
+    mode: Mode
+    retain: int
+    inline_max_bytes: int
+    targets: tuple[Target, ...]
+    expected: tuple[Counter[Row], ...]
+
+
+def draw_rows(rng: Random, count: int, *, keys: int, delay_us: int) -> list[InputRow]:
+    """Rows in reading order; none lies more than ``delay_us`` behind an earlier one."""
+    rows, now = [], 0
+    for i in range(count):
+        now += rng.choice((0, 0, 1, 1, 3)) * SECOND // 2
+        rows.append((rng.randrange(keys), max(0, now - rng.randint(0, delay_us)), i))
+    return rows
+
+
+def table_of(rows: list[InputRow]) -> pa.Table:
+    columns = list(zip(*rows, strict=True)) if rows else [(), (), ()]
+    return pa.table([pa.array(c, pa.int64()).cast(f.type) for c, f in zip(columns, SCHEMA, strict=True)], schema=SCHEMA)
+
+
+class Draw:
+    """Builds one scenario step by step. Streams come with the rows that should be in them."""
+
+    def __init__(self, rng: Random, faults: Faults, new_target: Callable[[], Target]) -> None:
+        self.rng = rng
+        self.faults = faults
+        self.keys = rng.choice((1, 3, 8))
+        self.delay_us = rng.choice((0, SECOND, 5 * SECOND))
+        self.parallelism = rng.choice((1, 1, 2, 2, 3, 4))
+        self.words: list[str] = []
+        self._new_target = new_target
+        self.sinks: list[Node] = []
+        self.targets: list[Target] = []
+        self.expected: list[Counter[Row]] = []
+
+    def source(self) -> tuple[Stream, list[InputRow]]:
+        rng = self.rng
+        rows = draw_rows(rng, rng.choice((0, 7, 30, 60, 120)), keys=self.keys, delay_us=self.delay_us)
+        splits, batch_rows = rng.randint(1, 5), rng.choice((1, 3, 8))
+        parallelism = rng.choice((None, None, 1, 2))
+        timing: dict[str, Any] = {"event_time": "t", "parallelism": parallelism}
+        if rng.random() < 0.8:
+            timing["max_delay"] = self.delay_us / SECOND
+        if rng.random() < 0.5:
+            self.words.append(f"arrow({len(rows)} rows, {splits} splits, batches of {batch_rows}, p={parallelism})")
+            return rf.from_arrow(table_of(rows), splits=splits, batch_rows=batch_rows, **timing), rows
+        edges = [len(rows) * i // splits for i in range(splits + 1)]
+        idle = rng.random() < 0.3
+
+        def generate(split: int, position: int) -> Iterator[pa.RecordBatch | None]:
+            part = rows[edges[split] : edges[split + 1]]
+            for first in range(position, len(part), batch_rows):
+                if idle and first % 2:
+                    yield None
+                yield table_of(part[first : first + batch_rows]).to_batches()[0]
+
+        self.words.append(f"generator({len(rows)} rows, {splits} splits, batches of {batch_rows}, p={parallelism})")
+        return rf.from_generator(generate, splits=splits, schema=SCHEMA, **timing), rows
+
+    def steps(self, stream: Stream, rows: list[InputRow]) -> tuple[Stream, list[InputRow]]:
+        """Some stateless steps."""
+        rng, faults = self.rng, self.faults
+        if rng.random() < 0.4:
+            factor = rng.randint(2, 5)
+            self.words.append(f"v*{factor}")
+            stream = stream.with_columns(v=col("v") * factor)
+            rows = [(k, t, v * factor) for k, t, v in rows]
+        if rng.random() < 0.3:
+            bound = rng.randint(0, 40)
+            self.words.append(f"filter v>={bound}")
+            stream = stream.filter(col("v") >= bound)
+            rows = [r for r in rows if r[2] >= bound]
+        if rng.random() < 0.4:
+            self.words.append("map_batches")
+
+            def fail_sometimes(batch: pa.RecordBatch) -> pa.RecordBatch:
+                if faults.user_error():
+                    raise ValueError(f"user code failed, {faults.budget.user_errors} to go")
+                return batch
+
+            stream = stream.map_batches(fail_sometimes, schema=stream.schema)
+        if rng.random() < 0.25:
+            parallelism = rng.choice((None, 1, 2))
+            self.words.append(f"rebalance(p={parallelism})")
+            stream = stream.rebalance(parallelism=parallelism)
+        return stream, rows
+
+    def union(self) -> tuple[Stream, list[InputRow]]:
+        """One to three sources."""
+        streams, rows = [], []
+        for _ in range(self.rng.choice((1, 1, 1, 2, 3))):
+            stream, some = self.steps(*self.source())
+            streams.append(stream)
+            rows += some
+        if len(streams) > 1:
+            self.words.append("union")
+            return streams[0].union(*streams[1:]), rows
+        return streams[0], rows
+
+    def shuffle(self, stream: Stream, rows: list[InputRow], by: str) -> tuple[Stream, list[InputRow]]:
+        self.words.append(f"key_by {by}")
+        return self.steps(stream.key_by(by), rows)
+
+    def windows(self, stream: Stream, rows: list[InputRow]) -> tuple[Stream, list[Row]]:
+        size = self.rng.choice((2, 7, 30)) * SECOND
+        combine = self.rng.random() < 0.6
+        self.words.append(f"tumbling({size // SECOND}s{', combiner' if combine else ''})")
+        result = stream.key_by("k").window(tumbling(size / SECOND)).agg(n=count(), s=sum_of("v"), top=max_of("v"))
+        if not combine:
+            result = Stream(replace(result._node, combiner=None), event_time="window_start")  # type: ignore[assignment]
+        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for k, t, v in rows:
+            groups[k, t // size * size].append(v)
+        return result, [(k, s, s + size, len(vs), sum(vs), max(vs)) for (k, s), vs in groups.items()]
+
+    def sink(self, stream: Stream, rows: list[Row]) -> None:
+        target = self._new_target()
+        self.targets.append(target)
+        self.expected.append(Counter(rows))
+        sink = FakeSink(target, state=self.rng.random() < 0.5)
+        self.sinks.append(Node("sink", (stream._input(),), sink))
+
+    def flow(self, mode: Mode) -> None:
+        shapes = (
+            ("plain", "shuffles") if mode == "at_least_once" else ("plain", "shuffles", "windows", "windows", "two")
+        )
+        shape = self.rng.choice(shapes)
+        stream, rows = self.union()
+        if shape == "shuffles":
+            stream, rows = self.shuffle(*self.shuffle(stream, rows, "k"), "v")
+        if shape in ("plain", "shuffles", "two"):
+            self.sink(stream, list(rows))
+        if shape in ("windows", "two"):
+            self.sink(*self.windows(stream, rows))
+
+
+def draw(seed_rng: Random, faults: Faults, new_target: Callable[[], Target], mode: Mode) -> Scenario:
+    """One scenario; ``seed_rng`` draws everything."""
+    rng = seed_rng
+    d = Draw(rng, faults, new_target)
+    d.flow(mode)
+    max_parallelism = rng.choice((4, 13, 128))
+    plan = build_plan("sim", d.sinks, parallelism=d.parallelism, max_parallelism=max_parallelism)
+    config = JobConfig(
+        max_parallelism=max_parallelism,
+        batch_rows=rng.choice((1, 2, 8, 1000)),
+        linger=rng.choice(("0s", "1ms", "20ms")),
+        watermark_interval=rng.choice(("1ms", "10ms", "100ms")),
+    )
+    # Below what a user may ask for, so that small jobs meet backpressure.
+    object.__setattr__(config, "inflight_bytes", rng.choice((256, 256, 600, 4096)))
+    settings = CoordinatorSettings(
+        interval_s=rng.choice((0.002, 0.01, 0.05, 0.5, None)),
+        timeout_s=rng.choice((0.5, 10.0, 600.0)),
+        min_pause_s=rng.choice((0.0, 0.0, 0.005)),
+        tolerable_failures=rng.choice((0, 1, 3)),
+        hang_timeout_s=1e9,
+        restart=RestartSpec(initial_s=0.01, factor=1.5, max_s=0.2, reset_after_s=1.0),
+    )
+    retain = rng.choice((1, 1, 2, 5))
+    what = " | ".join(d.words) + (
+        f" | p={d.parallelism}, groups={max_parallelism}, {mode}, batch_rows={config.batch_rows}, "
+        f"credit={config.inflight_bytes}, interval={settings.interval_s}, timeout={settings.timeout_s}, retain={retain}"
+    )
+    return Scenario(
+        what=what,
+        plan=plan,
+        config=config,
+        settings=settings,
+        mode=mode,
+        retain=retain,
+        inline_max_bytes=rng.choice((0, 0, 4096)),
+        targets=tuple(d.targets),
+        expected=tuple(d.expected),
+    )
