@@ -1,0 +1,59 @@
+"""From this process to a cluster: connect to Ray, quietly, and see that the plan fits.
+
+User code travels by pickle: what a script or notebook defines itself goes along by value; modules that it imports must be
+importable on the nodes. On one machine they are (Ray gives its workers the driver's ``sys.path``); on several, install
+them there or call ``ray.init(runtime_env={"working_dir": "."})`` before the flow is run: a Ray that is initialised
+already is used as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import ray
+
+from rayflow.cluster.resources import check_fits
+from rayflow.errors import ClusterError
+from rayflow.plan import Plan
+
+
+def connect() -> None:
+    """Use the Ray of this process, else a running cluster (``RAY_ADDRESS``, ``ray start``), else start a local one.
+
+    Ray's token authentication stays as Ray sets it (on, for a local cluster of 2.59 and later); its banner is a warning
+    of Ray's logger, which is silenced with the rest below errors. What user code prints comes to this terminal.
+    """
+    if ray.is_initialized():
+        return
+    try:
+        _init(address="auto")
+    except ConnectionError:
+        try:
+            _init(address="local", include_dashboard=False)
+        except Exception as error:
+            raise ClusterError(f"a local Ray could not be started: {error}") from error
+
+
+def _init(**options: Any) -> None:
+    logger = logging.getLogger("ray")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        ray.init(logging_level=logging.ERROR, log_to_driver=True, **options)
+    finally:
+        logger.setLevel(level if level != logging.NOTSET else logging.ERROR)
+
+
+def default_parallelism() -> int:
+    """One for each CPU of the cluster."""
+    return max(1, int(_total_cpus()))
+
+
+def check_cluster(plan: Plan) -> None:
+    """Raises `ClusterError` with the numbers when the cluster is too small for the plan, whatever else runs on it."""
+    check_fits(plan, _total_cpus())
+
+
+def _total_cpus() -> float:
+    return float(ray.cluster_resources().get("CPU", 0.0))

@@ -1,0 +1,277 @@
+"""`Job`: a running flow as its driver sees it; submitting one, and coming back to one."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import time
+from dataclasses import replace
+from typing import Any, Final
+
+import ray
+
+from rayflow.cluster.coordinator_actor import LINGER_S, CoordinatorActor
+from rayflow.cluster.deploy import check_cluster, connect
+from rayflow.cluster.package import JobPackage, pack, slices_of
+from rayflow.cluster.view import Ended
+from rayflow.config import CheckpointConfig, JobConfig
+from rayflow.core.events import JobState
+from rayflow.core.messages import CheckpointKind
+from rayflow.core.timeline import TimelineEntry
+from rayflow.errors import (
+    ClusterError,
+    CommitLostError,
+    CorruptCheckpointError,
+    DataError,
+    FencedError,
+    JobCancelledError,
+    JobFailedError,
+    RayflowError,
+    StateTooLargeError,
+    StorageError,
+    UserCodeError,
+)
+from rayflow.plan import Plan
+from rayflow.runtime.results import JobResult, JobStatus, SubtaskInfo, collected
+from rayflow.runtime.stores import Start, open_stores
+from rayflow.storage.checkpoints import CheckpointInfo
+from rayflow.storage.filesystem import ObjectStore
+
+NAMESPACE: Final = "rayflow"
+COORDINATOR_PATIENCE_S: Final = 60.0
+"""How long a coordinator may be away (Ray is starting it again) before a call gives up."""
+_POLL_S: Final = (0.005, 0.1)
+CANCEL_TIMEOUT_S: Final = 60.0
+
+
+def submit(
+    plan: Plan, config: JobConfig, checkpoints: CheckpointConfig | None, *, run_id: str, start: Start = "latest"
+) -> Job:
+    """Start the plan on Ray; the job goes on when this process ends.
+
+    Raises `ClusterError` if the cluster is too small, `PlanError` if a user function cannot be sent there, and what
+    `open_stores` raises.
+    """
+    connect()
+    check_cluster(plan)
+    if checkpoints is not None:
+        # The processes of the job have other working directories.
+        checkpoints = replace(checkpoints, url=ObjectStore(checkpoints.url).url)
+    open_stores(plan, config, checkpoints, start=start)
+    package = JobPackage(plan, config, checkpoints, run_id, secrets.token_hex(32))
+    name = f"{plan.name}:{run_id}"
+    actor = CoordinatorActor.options(name=name, namespace=NAMESPACE, lifetime="detached").remote(
+        *slices_of(pack(package))
+    )
+    job = Job(name, actor, package)
+    job._ask("life")
+    return job
+
+
+def attach(name: str) -> Job:
+    """Come back to a job that runs on the cluster: by the name of its flow, or by ``Job.name``.
+
+    Raises `ClusterError` if there is none, or several of that name.
+    """
+    connect()
+    names = running_jobs()
+    found = [n for n in names if name in (n, n.rpartition(":")[0])]
+    if len(found) != 1:
+        what = f"{len(found)} jobs of that name run" if found else "no such job runs"
+        raise ClusterError(f"cannot attach to job {name!r}: {what}; running jobs: {', '.join(names) or 'none'}")
+    actor = ray.get_actor(found[0], namespace=NAMESPACE)
+    job = Job(found[0], actor, None)
+    job._package = job._ask("package")
+    return job
+
+
+def running_jobs() -> list[str]:
+    """Names of all jobs on the cluster, those included that ended lately and whose outcome nobody has read."""
+    entries = ray.util.list_named_actors(all_namespaces=True)
+    return sorted(str(e["name"]) for e in entries if e["namespace"] == NAMESPACE)
+
+
+class Job:
+    """A job on the cluster. Every method may be called at any time, also when the job has ended."""
+
+    def __init__(self, name: str, actor: Any, package: JobPackage | None) -> None:
+        self.name = name
+        """``<flow name>:<run id>``; see `attach`."""
+        self._actor = actor
+        self._package = package
+        self._ended: Ended | None = None
+
+    def __repr__(self) -> str:
+        return f"<Job {self.name}>"
+
+    # ------------------------------------------------------------------------------------------------------ what is seen
+
+    def status(self) -> JobStatus:
+        ended = self._poll()
+        return ended.status if ended is not None else self._read("status", "status")
+
+    def subtasks(self) -> list[SubtaskInfo]:
+        """Every subtask with its process, in plan order."""
+        ended = self._poll()
+        return list(ended.subtasks) if ended is not None else self._read("subtasks", "subtasks")
+
+    def timeline(self) -> tuple[TimelineEntry, ...]:
+        """The story of the job since its present coordinator began; `TimelineEntry.at` in seconds of that process."""
+        ended = self._poll()
+        return ended.timeline if ended is not None else self._read("timeline", "timeline")
+
+    def metrics(self) -> dict[str, float]:
+        """Sums over all subtasks, of this attempt and at most a second old."""
+        ended = self._poll()
+        return dict(ended.metrics) if ended is not None else self._read("metrics", "metrics")
+
+    def checkpoints(self) -> list[CheckpointInfo]:
+        """The retained checkpoints, read from storage; none with ``state="memory"``."""
+        return self._stores().open_stores()[0].list()
+
+    # ------------------------------------------------------------------------------------------------------ what is done
+
+    def wait(self, timeout: float | None = None) -> JobResult:
+        """The result, when the job has ended.
+
+        Raises `TimeoutError` when it goes on after ``timeout`` seconds, `JobFailedError` with its cause, and
+        `JobCancelledError`.
+        """
+        ended = self._wait(timeout)
+        if ended is None:
+            raise TimeoutError(f"job {self.name} has not ended within {timeout:g} s; it goes on")
+        if ended.state is JobState.FAILED:
+            raise self._failure(ended)
+        if ended.state is JobState.CANCELLED:
+            raise JobCancelledError(f"job {self.name} was cancelled")
+        package = self._stores()
+        _, snapshots, _ = package.open_stores()
+        return JobResult(
+            name=package.plan.name,
+            status=ended.state.value,
+            checkpoint=ended.manifest.checkpoint if ended.manifest else None,
+            restarts=ended.restarts,
+            tables=collected(package.plan, ended.manifest, snapshots),
+            timeline=ended.timeline,
+            metrics=ended.metrics,
+        )
+
+    def checkpoint(self, timeout: float = 60.0) -> int:
+        """Take a checkpoint now, and return the id of the first one that completes after this call.
+
+        Raises `TimeoutError` if none does, and `JobFailedError` if the job ends without.
+        """
+        before = self.status().last_checkpoint or 0
+        self._ask("request_checkpoint", CheckpointKind.PERIODIC)
+        for _ in _patiently(timeout):
+            status = self.status()
+            if (status.last_checkpoint or 0) > before:
+                return int(status.last_checkpoint or 0)
+            if self._ended is not None:
+                raise JobFailedError(f"job {self.name} ended ({self._ended.state.value}) before a checkpoint completed")
+        raise TimeoutError(f"job {self.name} completed no checkpoint within {timeout:g} s; see Job.timeline()")
+
+    def stop(self, timeout: float | None = None) -> JobResult:
+        """Stop reading, take a last checkpoint, commit, end. The job can go on from there when it is run again."""
+        self._ask("request_checkpoint", CheckpointKind.STOP)
+        return self.wait(timeout)
+
+    def cancel(self) -> None:
+        """End the job at once. What is committed stays; what is not is dropped. Returns when no process is left."""
+        if self._poll() is None:
+            self._ask("cancel")
+        if self._wait(CANCEL_TIMEOUT_S) is None:
+            self._release()
+            raise TimeoutError(f"job {self.name} did not cancel within {CANCEL_TIMEOUT_S:g} s and was killed")
+
+    # ---------------------------------------------------------------------------------------------------------- the rest
+
+    def _stores(self) -> JobPackage:
+        assert self._package is not None
+        return self._package
+
+    def _failure(self, ended: Ended) -> JobFailedError:
+        cause = ended.cause
+        told = cause.message if cause is not None else "unknown cause"
+        error = JobFailedError(f"job {self._stores().plan.name!r} failed: {told}")
+        if cause is not None:
+            kind = cause.kind.partition("(")[0]
+            error.__cause__ = _KINDS.get(kind, RayflowError)(f"{cause.kind}: {told}")
+            if cause.traceback:
+                error.__cause__.add_note(f"where it was raised:\n{cause.traceback}")
+        return error
+
+    def _wait(self, timeout: float | None) -> Ended | None:
+        for _ in _patiently(timeout):
+            if (ended := self._poll()) is not None:
+                return ended
+        return None
+
+    def _poll(self) -> Ended | None:
+        if self._ended is None:
+            ended = self._ask("outcome")
+            if ended is not None:
+                self._ended = ended
+                self._release()
+        return self._ended
+
+    def _release(self) -> None:
+        with contextlib.suppress(Exception):  # gone already
+            ray.kill(self._actor)
+
+    def _read(self, method: str, field: str) -> Any:
+        """What the coordinator says; what it said last when the job has just ended."""
+        try:
+            return self._ask(method)
+        except ClusterError:
+            if self._ended is None:
+                raise
+            return getattr(self._ended, field)
+
+    def _ask(self, method: str, *args: Any) -> Any:
+        """Call the coordinator; while Ray is starting it again, wait for it."""
+        last: Exception | None = None
+        for _ in _patiently(COORDINATOR_PATIENCE_S):
+            try:
+                return ray.get(getattr(self._actor, method).remote(*args))
+            except ray.exceptions.RayActorError as error:
+                last = error
+                if not self._exists():
+                    break
+        raise ClusterError(
+            f"the coordinator of job {self.name} is gone: {last}; an outcome that nobody has read is kept for "
+            f"{LINGER_S:g} s and given once. Run the flow again: it goes on from its newest checkpoint"
+        ) from last
+
+    def _exists(self) -> bool:
+        try:
+            ray.get_actor(self.name, namespace=NAMESPACE)
+        except ValueError:
+            return False
+        return True
+
+
+def _patiently(timeout: float | None) -> Any:
+    """Yields at once and then, ever more slowly, until ``timeout`` seconds have passed."""
+    deadline = None if timeout is None else time.monotonic() + timeout
+    pause, longest = _POLL_S
+    while True:
+        yield
+        now = time.monotonic()
+        if deadline is not None and now >= deadline:
+            return
+        time.sleep(pause if deadline is None else min(pause, deadline - now))
+        pause = min(pause * 1.5, longest)
+
+
+_KINDS: dict[str, type[RayflowError]] = {
+    "Fenced": FencedError,
+    "SubtaskDied": ClusterError,
+    **{
+        kind.__name__: kind
+        for kind in (
+            UserCodeError, DataError, StorageError, CommitLostError, CorruptCheckpointError, FencedError,
+            StateTooLargeError, ClusterError,
+        )
+    },
+}  # fmt: skip

@@ -1,0 +1,91 @@
+"""A job as it is sent to the cluster: one value that holds all its processes need, pickled by value.
+
+The coordinator must be able to start again after its own death, when the driver may be gone. Ray keeps the arguments of
+an actor for that, but an argument above 100 KB lies in the object store of the driver and goes with it; so the bytes
+travel in slices that Ray keeps itself (tried: 150 of them). Only above `KEPT_BYTES_MAX` they do not fit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import cloudpickle
+
+from rayflow.config import CheckpointConfig, JobConfig
+from rayflow.errors import ClusterError, PlanError
+from rayflow.plan import Plan
+from rayflow.runtime.stores import open_stores
+from rayflow.runtime.subtask_loop import JobSpec
+from rayflow.storage.checkpoints import CheckpointStore
+from rayflow.storage.snapshots import SnapshotStore
+
+SLICE_BYTES: Final = 64 * 1024
+KEPT_BYTES_MAX: Final = 8 * 1024 * 1024
+"""Ray inlines at most 10 MB of arguments in all; a larger job cannot be restarted once its driver has left."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobPackage:
+    """The job, and the secret that opens its exchange ports. Never written to storage."""
+
+    plan: Plan
+    config: JobConfig
+    checkpoints: CheckpointConfig | None
+    run_id: str
+    token: str
+
+    @property
+    def durable(self) -> bool:
+        """Whether a new coordinator can go on where the last one was."""
+        return self.checkpoints is not None and self.config.state != "memory"
+
+    def spec(self) -> JobSpec:
+        exactly_once = self.checkpoints is None or self.checkpoints.mode == "exactly_once"
+        return JobSpec(self.plan, self.config, exactly_once, self.run_id)
+
+    def open_stores(self) -> tuple[CheckpointStore, SnapshotStore, bool]:
+        return open_stores(self.plan, self.config, self.checkpoints, start="latest")
+
+
+def pack(package: JobPackage) -> bytes:
+    """Raises `PlanError` naming the step whose function cannot be sent to another process."""
+    try:
+        return bytes(cloudpickle.dumps(package))
+    except Exception as error:
+        step = _culprit(package.plan)
+        raise PlanError(
+            f"{step} cannot be sent to the processes of the cluster: {type(error).__name__}: {error}; open files, "
+            "connections, locks and models inside the function (or in the class given to map_batches), not outside"
+        ) from error
+
+
+def unpack(slices: tuple[bytes, ...]) -> JobPackage:
+    """Raises `ClusterError` when the user's modules are not to be found where this runs."""
+    try:
+        package = cloudpickle.loads(b"".join(slices))
+    except Exception as error:
+        raise ClusterError(
+            f"the job cannot be loaded in a process of the cluster: {type(error).__name__}: {error}; modules that the "
+            "flow uses must be installed on every node, or be sent along by "
+            'ray.init(runtime_env={"working_dir": "."}) before the flow is run'
+        ) from error
+    assert isinstance(package, JobPackage)
+    return package
+
+
+def slices_of(data: bytes) -> list[bytes]:
+    if len(data) > KEPT_BYTES_MAX:
+        return [data]
+    return [data[at : at + SLICE_BYTES] for at in range(0, len(data), SLICE_BYTES)]
+
+
+def _culprit(plan: Plan) -> str:
+    for chain in plan.chains:
+        parts = [(chain.source.title, chain.source)] if chain.source is not None else []
+        for title, part in [*parts, *((o.title, o.factory) for o in chain.operators)]:
+            try:
+                cloudpickle.dumps(part)
+            except Exception:
+                return f"step {title!r} of job {plan.name!r}"
+    return f"job {plan.name!r}"

@@ -1,0 +1,145 @@
+"""The processes of a job's subtasks: started, commanded, stopped, and their deaths told. Used by the coordinator actor.
+
+They are owned by the coordinator's process and not detached: Ray ends them when it dies, and a new coordinator starts its
+own. Deaths are pushed by Ray as the failure of the reference that `run` answered with; nobody polls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Final
+
+import ray
+
+from rayflow.cluster.subtask_actor import SubtaskActor
+from rayflow.core.ids import SubtaskId
+from rayflow.core.messages import CommandEnvelope, Shutdown
+
+CLOSE_GRACE_S: Final = 2.0
+"""A subtask that was told to shut down has this long to close what user code holds open; then it is killed."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessEnded:
+    """News from Ray; ``error`` None: its loop returned."""
+
+    subtask: SubtaskId
+    incarnation: int
+    error: BaseException | None
+
+
+@dataclass(slots=True)
+class _Process:
+    actor: Any
+    incarnation: int
+    run: Any
+    """Reference of the long call. Held, or Ray would not tell its end."""
+    told_to_close: bool = False
+
+
+class Processes:
+    """All methods are called on the coordinator's loop thread.
+
+    ``tell`` is called on a thread of Ray's, on which no call to Ray may be made: that would wait for itself. It enqueues,
+    and the loop gives the news back to `ended`.
+    """
+
+    def __init__(
+        self,
+        life: str,
+        coordinator: Any,
+        slices: tuple[bytes, ...],
+        cpus: Mapping[str, float],
+        tell: Callable[[ProcessEnded], None],
+    ) -> None:
+        self._life = life
+        self._coordinator = coordinator
+        self._slices = [ray.put(piece) for piece in slices]
+        self._cpus = cpus
+        self._tell = tell
+        self._running: dict[SubtaskId, _Process] = {}
+        self._closing: dict[tuple[SubtaskId, int], _Process] = {}
+
+    def start(self, subtask: SubtaskId, incarnation: int) -> None:
+        """Commands may be sent at once: Ray keeps them until the process is up."""
+        actor = SubtaskActor.options(num_cpus=self._cpus[subtask.chain]).remote(
+            self._life, self._coordinator, *self._slices
+        )
+        process = _Process(actor, incarnation, actor.run.remote(subtask))
+        self._running[subtask] = process
+        tell = self._tell
+
+        def done(run: Future[Any]) -> None:
+            tell(ProcessEnded(subtask, incarnation, run.exception()))
+
+        process.run.future().add_done_callback(done)
+
+    def send(self, envelope: CommandEnvelope) -> None:
+        process = self._running.get(envelope.subtask)
+        if process is not None:
+            process.told_to_close = process.told_to_close or isinstance(envelope.command, Shutdown)
+            process.actor.command.remote(envelope)
+
+    def stop(self, subtask: SubtaskId, incarnation: int, *, pid: int | None) -> None:
+        """Kill the process; one that was told to shut down is given `CLOSE_GRACE_S` to do so.
+
+        ``pid`` on this node, if it is known: Ray asks a process to die and waits 5 s (measured) for one that is
+        stopped, and holds its CPU so long.
+        """
+        process = self._running.get(subtask)
+        if process is None or process.incarnation != incarnation:
+            return
+        del self._running[subtask]
+        if process.told_to_close:
+            self._closing[subtask, incarnation] = process
+            return
+        _kill(process.actor)
+        if pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    @property
+    def closing(self) -> bool:
+        """Whether some process was told to shut down and has not yet."""
+        return bool(self._closing)
+
+    def kill_all(self) -> None:
+        """Whatever is left. Afterwards there is no process of the job."""
+        for process in [*self._closing.values(), *self._running.values()]:
+            _kill(process.actor)
+        self._closing.clear()
+        self._running.clear()
+
+    def ended(self, news: ProcessEnded) -> str | None:
+        """Why the process is gone, when that is news to the protocol: not when it was to be stopped."""
+        closing = self._closing.pop((news.subtask, news.incarnation), None)
+        if closing is not None:
+            _kill(closing.actor)
+            return None
+        process = self._running.get(news.subtask)
+        if process is None or process.incarnation != news.incarnation:
+            return None
+        del self._running[news.subtask]
+        if not isinstance(news.error, ray.exceptions.RayActorError):
+            _kill(process.actor)  # the loop is over, its process of no use any more
+        return "its loop returned" if news.error is None else reason_of(news.error)
+
+
+def reason_of(error: BaseException) -> str:
+    """Why the process is gone: Ray's words in one line, or the traceback of an exception that left the loop."""
+    text = str(error)
+    if not isinstance(error, ray.exceptions.RayActorError):
+        return f"its loop raised {text}"
+    found = re.search(r"The actor is dead because (?:its )?(.+?)(?: Some common causes|\n|$)", text)
+    return found[1].strip() if found else " ".join(text.split())[:300]
+
+
+def _kill(actor: Any) -> None:
+    with contextlib.suppress(Exception):  # gone already, or Ray is going down: both are what is wanted
+        ray.kill(actor)

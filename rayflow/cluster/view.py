@@ -1,0 +1,67 @@
+"""What people see of a running job, read from the coordinator's machine. Plain values that travel to the driver."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rayflow.core.coordinator import CoordinatorMachine
+from rayflow.core.events import JobState
+from rayflow.core.ids import MIN_WATERMARK
+from rayflow.core.manifest import Manifest
+from rayflow.core.messages import FailureCause
+from rayflow.core.timeline import TimelineEntry
+from rayflow.plan import Plan
+from rayflow.runtime.results import JobStatus, SubtaskInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a job ended, with all that the driver needs to give its result."""
+
+    state: JobState
+    cause: FailureCause | None
+    manifest: Manifest | None
+    restarts: int
+    timeline: tuple[TimelineEntry, ...]
+    metrics: dict[str, float]
+    status: JobStatus
+    subtasks: tuple[SubtaskInfo, ...]
+
+
+def status_of(machine: CoordinatorMachine, plan: Plan) -> JobStatus:
+    members = machine.subtasks.values()
+    sources = plan.sources()
+    upstream = {edge.source for edge in plan.edges}
+    last = [m.metrics.get("watermark") for m in members if m.subtask.chain not in upstream]
+    watermarks = [int(w) for w in last if w is not None and w > MIN_WATERMARK]
+    return JobStatus(
+        state=machine.state.value,
+        attempt=machine.attempt,
+        restarts=machine.restarts,
+        last_checkpoint=machine.last_completed,
+        rows_in=int(sum(m.metrics.get("rows_in", 0.0) for m in members if m.subtask.chain in sources)),
+        watermark_us=min(watermarks) if last and len(watermarks) == len(last) else None,
+        detail="" if machine.cause is None else machine.cause.message,
+    )
+
+
+def subtasks_of(machine: CoordinatorMachine, plan: Plan) -> list[SubtaskInfo]:
+    titles = {chain.id: chain.title for chain in plan.chains}
+    return [
+        SubtaskInfo(
+            titles[m.subtask.chain], m.subtask.index, m.pid, m.node, attempt=machine.attempt, state=m.state.value
+        )
+        for m in machine.subtasks.values()
+    ]
+
+
+def metrics_of(machine: CoordinatorMachine, plan: Plan) -> dict[str, float]:
+    """Sums over subtasks of the last heartbeats; ``rows_in`` counts the rows read by sources only, not every step's."""
+    totals: dict[str, float] = {}
+    sources = plan.sources()
+    for member in machine.subtasks.values():
+        for name, value in member.metrics.items():
+            if name == "watermark" or (name == "rows_in" and member.subtask.chain not in sources):
+                continue
+            totals[name] = totals.get(name, 0.0) + value
+    return totals
