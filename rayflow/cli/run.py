@@ -1,0 +1,111 @@
+"""``rayflow run`` and ``rayflow explain``."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from typing import Literal
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from rayflow.cli.loading import Target, TargetType, load_flow
+from rayflow.cli.options import as_json, print_json, storage_options
+from rayflow.config import CheckpointConfig, JobConfig
+from rayflow.progress import summary
+from rayflow.runtime.results import JobResult
+
+SHOWN_ROWS = 20
+
+_parallelism = click.option(
+    "-p", "--parallelism", type=click.IntRange(min=1), help="Subtasks of each step; default: the cores there are."
+)
+
+
+@click.command()
+@click.argument("target", type=TargetType())
+@_parallelism
+@click.option("--checkpoints", "url", metavar="URL", help="Folder or s3:// URL to keep checkpoints in.")
+@click.option("--interval", metavar="DURATION", help="Time between checkpoints, as 500ms or 10s; default 10s.")
+@click.option("--state", type=click.Choice(["fs", "memory"]), help="Where snapshots go; default: fs with a URL.")
+@click.option(
+    "--start",
+    type=click.Choice(["latest", "fresh"]),
+    default="latest",
+    show_default=True,
+    help="Go on from the newest checkpoint, or refuse a folder that has any.",
+)
+@click.option("--local", is_flag=True, help="In this process, without Ray.")
+@storage_options
+@as_json
+def run(
+    target: Target,
+    parallelism: int | None,
+    url: str | None,
+    interval: str | None,
+    state: Literal["fs", "memory"] | None,
+    start: Literal["latest", "fresh"],
+    local: bool,
+    storage_options: dict[str, str],
+    as_json: bool,
+) -> None:
+    """Run the flow of FILE.py to its end."""
+    if url is None and (interval is not None or storage_options):
+        raise click.UsageError("--interval and --storage-option speak of checkpoints; add --checkpoints URL")
+    # Whatever the user's code prints must not get between the braces of a JSON result.
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        checkpoints = (
+            None
+            if url is None
+            else CheckpointConfig(url, interval=interval or "10s", storage_options=dict(storage_options))
+        )
+        flow = load_flow(target)
+        began = time.monotonic()
+        result = flow.run(
+            parallelism=parallelism, checkpoints=checkpoints, config=JobConfig(state=state), local=local, start=start
+        )
+        seconds = time.monotonic() - began
+    if as_json:
+        print_json(_result_json(result, seconds))
+        return
+    for name, table in result.tables.items():
+        _print_rows(name, table.slice(0, SHOWN_ROWS).to_pylist(), table.schema.names, table.num_rows)
+    if local or not sys.stderr.isatty():  # else the progress line has said it
+        click.echo(summary(result, seconds))
+
+
+@click.command()
+@click.argument("target", type=TargetType())
+@click.option("--mermaid", is_flag=True, help="A Mermaid flowchart instead of text.")
+@_parallelism
+def explain(target: Target, mermaid: bool, parallelism: int | None) -> None:
+    """Print the plan of the flow of FILE.py, without running it."""
+    with contextlib.redirect_stdout(sys.stderr):
+        flow = load_flow(target)
+    tell = flow.to_mermaid if mermaid else flow.explain
+    click.echo(tell(parallelism=parallelism or 1))
+
+
+def _result_json(result: JobResult, seconds: float) -> dict[str, object]:
+    return {
+        "flow": result.name,
+        "status": result.status,
+        "seconds": round(seconds, 3),
+        "checkpoint": result.checkpoint,
+        "restarts": result.restarts,
+        "metrics": dict(result.metrics),
+        "tables": {name: table.to_pylist() for name, table in result.tables.items()},
+    }
+
+
+def _print_rows(title: str, rows: list[dict[str, object]], names: list[str], total: int) -> None:
+    more = f", the first {len(rows)}" if len(rows) < total else ""
+    click.echo(f"{title}: {total:,} rows{more}")
+    table = Table(show_edge=False)
+    for name in names:
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*("" if value is None else str(value) for value in row.values()))
+    Console().print(table)
