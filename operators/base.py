@@ -176,6 +176,10 @@ class Source(ABC):
     def schema(self) -> pa.Schema | None:
         """Schema of all batches; None when it is known only at run time. May look into the input; is cached."""
 
+    def declared_schema(self) -> pa.Schema | None:
+        """The schema, where it is known without looking into the input; then a flow is checked while it is built."""
+        return None
+
     @abstractmethod
     def discover(self) -> Sequence[tuple[str, Json]]:
         """All splits in reading order, as (stable id, description). Called at the start and on recovery."""

@@ -5,28 +5,23 @@ from __future__ import annotations
 import sys
 import uuid
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from rayflow.config import CheckpointConfig, JobConfig
 from rayflow.core.events import JobState
-from rayflow.errors import ConfigError, JobCancelledError, JobFailedError, PlanError
+from rayflow.errors import JobCancelledError, JobFailedError, PlanError
+from rayflow.operators.event_time import check_event_time
 from rayflow.plan import Plan, build_plan
 from rayflow.runtime.coordinator_loop import MEMORY_STATE_BYTES, settings_of
 from rayflow.runtime.inprocess import World
 from rayflow.runtime.local import LocalDriver
 from rayflow.runtime.results import JobResult, collected
+from rayflow.runtime.stores import Start, open_stores
 from rayflow.runtime.subtask_loop import JobSpec
-from rayflow.storage.checkpoints import CheckpointStore
-from rayflow.storage.filesystem import ObjectStore
-from rayflow.storage.layout import job_root
-from rayflow.storage.snapshots import SnapshotStore
-from rayflow.storage.store import MemoryStore, Store
 from rayflow.stream import Sink
 
 if TYPE_CHECKING:
     from rayflow.cluster.job import Job
-
-Start = Literal["latest", "fresh"]
 
 
 class Flow:
@@ -52,13 +47,18 @@ class Flow:
         """The physical plan. With ``look`` sources may look into their input, so that all columns and types are
         checked."""
         config = config or JobConfig()
-        return build_plan(
+        plan = build_plan(
             self.name,
             [s.node for s in self.sinks],
             parallelism=parallelism,
             max_parallelism=config.max_parallelism,
             look=look,
         )
+        for source in plan.sources().values():
+            schema = source.source.schema() if look else source.source.declared_schema()
+            if schema is not None and source.event_time is not None:
+                check_event_time(schema, source.event_time.column, step=source.title)
+        return plan
 
     def explain(self, *, parallelism: int = 1, config: JobConfig | None = None) -> str:
         """The plan as text: chains, parallelism, edges, state, keys, event time."""
@@ -122,35 +122,6 @@ class Flow:
 
 def new_run_id() -> str:
     return uuid.uuid4().hex[:12]
-
-
-def open_stores(
-    plan: Plan, config: JobConfig, checkpoints: CheckpointConfig | None, *, start: Start
-) -> tuple[CheckpointStore, SnapshotStore, bool]:
-    """(checkpoint store, snapshot store, whether state is held in memory) for a job.
-
-    Raises `ConfigError` for ``state="fs"`` without a URL, and for ``start="fresh"`` on a directory with checkpoints.
-    """
-    if checkpoints is None and config.state == "fs":
-        raise ConfigError('JobConfig(state="fs") needs a place for files; pass checkpoints=CheckpointConfig(url)')
-    in_memory = checkpoints is None or config.state == "memory"
-    store: Store
-    if checkpoints is None or in_memory:
-        store = MemoryStore()
-    else:
-        store = ObjectStore(job_root(checkpoints.url, plan.name), dict(checkpoints.storage_options))
-    found = CheckpointStore(store, plan.name)
-    if start == "fresh" and (old := found.list()):
-        raise ConfigError(
-            f"job {plan.name!r} has {len(old)} checkpoints in {checkpoints.url if checkpoints else 'memory'}, "
-            'and start="fresh" was asked for; choose another folder, or start="latest" to go on'
-        )
-    snapshots = (
-        SnapshotStore(store, plan.max_parallelism, inline_max_bytes=None)
-        if in_memory
-        else SnapshotStore(store, plan.max_parallelism)
-    )
-    return found, snapshots, in_memory
 
 
 def run_local(

@@ -77,7 +77,7 @@ class Node:
         upstream = [i.node.schema(look=look) if i.tag == MAIN_TAG else i.node.side_schema(i.tag) for i in self.inputs]
         try:
             if self.source is not None:
-                result = self.source.schema() if look or not getattr(self.source, "looks", True) else None
+                result = self.source.schema() if look else self.source.declared_schema()
             elif hasattr(self.operator, "output_schema"):
                 if len(upstream) > 1:
                     _check_same(upstream)
@@ -90,9 +90,16 @@ class Node:
             self._schema.append(result)
         return result
 
+    def input_schema(self) -> pa.Schema | None:
+        """Schema of the rows of its first input, None when unknown; never looks."""
+        if not self.inputs:
+            return None
+        first = self.inputs[0]
+        return first.node.schema(look=False) if first.tag == MAIN_TAG else first.node.side_schema(first.tag)
+
     def side_schema(self, tag: str) -> pa.Schema | None:
         """Schema of a side output: late and dead-letter rows have the columns of the step's input."""
-        return self.inputs[0].node.schema(look=False) if self.inputs else None
+        return self.input_schema()
 
     def where(self) -> str:
         return f"step {self.title!r}" + (f" ({self.location})" if self.location else "")

@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rayflow.core.ids import ChannelId, SubtaskId
 from rayflow.core.keygroups import check_parallelism
 from rayflow.core.topology import Topology
 from rayflow.errors import PlanError
 from rayflow.graph import FORWARD, MAIN_TAG, Exchange, Input, Node, topological
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,8 @@ class PlannedOperator:
     factory: Any
     detail: str = ""
     location: str = ""
+    schema: pa.Schema | None = None
+    """Schema of the rows it takes, where planning could tell."""
 
     @property
     def stateful(self) -> bool:
@@ -119,7 +124,9 @@ class Plan:
             parallelism={c.id: c.parallelism for c in self.chains},
             max_parallelism=self.max_parallelism,
             operators_of={c.id: tuple(o.id for o in c.operators) for c in self.chains},
-            keyed_operators=frozenset(o.id for c in self.chains for o in c.operators if getattr(o.factory, "keys", ())),
+            keyed_operators=frozenset(
+                o.id for c in self.chains for o in c.operators if o.stateful and bool(getattr(o.factory, "keys", ()))
+            ),
         )
 
 
@@ -181,7 +188,9 @@ def _chain(group: Sequence[Node], ids: Mapping[int, str], parallelism: int) -> C
     if head.source is not None:
         source = PlannedSource(ids[id(head)], head.title, head.source, head.event_time, head.detail, head.location)
     operators = tuple(
-        PlannedOperator(ids[id(n)], n.title, n.operator, n.detail, n.location) for n in group if n.source is None
+        PlannedOperator(ids[id(n)], n.title, n.operator, n.detail, n.location, n.input_schema())
+        for n in group
+        if n.source is None
     )
     return Chain(ids[id(head)], parallelism, source, operators)
 
@@ -216,9 +225,14 @@ def _with_combiners(sinks: Sequence[Node], nodes: Sequence[Node]) -> list[Node]:
         if node.combiner is not None and tags[id(node)] <= {MAIN_TAG}:
             (only,) = inputs
             combine = Node(
-                "combine", (replace(only, exchange=FORWARD),), node.combiner, detail=node.detail, location=node.location,
-                name=f"{node.name}-combine" if node.name else None, parallelism=only.node.parallelism,
-            )  # fmt: skip
+                "combine",
+                (replace(only, exchange=FORWARD),),
+                node.combiner,
+                detail=node.detail,
+                name=f"{node.name}-combine" if node.name else None,
+                parallelism=only.node.parallelism,
+                location=node.location,
+            )
             inputs = (Input(combine, only.exchange),)
             new[id(node)] = replace(node, inputs=inputs, operator=node.combined)
         else:

@@ -18,6 +18,7 @@ from rayflow.expressions import Expr, as_expr
 from rayflow.graph import FORWARD, MAIN_TAG, Exchange, Input, Node, caller_location
 from rayflow.operators.aggregates import Aggregate
 from rayflow.operators.base import EventTime, Source
+from rayflow.operators.event_time import check_event_time
 from rayflow.operators.sinks.collect import CollectSink
 from rayflow.operators.sinks.parquet import ParquetSink
 from rayflow.operators.sinks.printing import PrintSink
@@ -491,6 +492,9 @@ def read_source(
     ``event_time`` names the event time column; ``max_delay`` as in `Stream.with_event_time`.
     """
     time = _event_time(event_time, max_delay, None)
+    declared = source.declared_schema()
+    if declared is not None and event_time is not None:
+        check_event_time(declared, event_time, step=name or label)
     node = Node(
         label, source=source, event_time=time, detail=detail, name=name, parallelism=parallelism,
         location=caller_location(),

@@ -181,7 +181,10 @@ class CoordinatorMachine:
                 if heard is Heard.ACCEPTED:
                     self._policy.checkpoint_completed()
                 return heard
-            case ManifestFailed(checkpoint, reason, fenced):
+            case ManifestFailed(checkpoint, reason, fenced, fatal):
+                if fatal is not None:
+                    self._end(JobState.FAILED, fatal, now)
+                    return Heard.ACCEPTED
                 if fenced:
                     self._end(JobState.FAILED, fenced_by_another(checkpoint, reason), now)
                     return Heard.ACCEPTED

@@ -170,6 +170,8 @@ class ManifestFailed:
     reason: str
     fenced: bool = False
     """A later coordinator owns the directory (rule C8): stop, touch nothing."""
+    fatal: FailureCause | None = None
+    """It will fail for ever (state too large for memory): end the job with this."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,11 +36,11 @@ from rayflow.core.events import (
     StopSubtask,
     WriteManifest,
 )
-from rayflow.core.ids import Attempt, SubtaskId
+from rayflow.core.ids import Attempt, CheckpointId, SubtaskId
 from rayflow.core.manifest import Manifest, SplitState, SubtaskSnapshot
 from rayflow.core.messages import CommandEnvelope, FailureCause
 from rayflow.core.restart import RestartSpec
-from rayflow.errors import FencedError, StateTooLargeError
+from rayflow.errors import DataError, FencedError, StateTooLargeError
 from rayflow.operators.base import Committer
 from rayflow.plan import Plan
 from rayflow.runtime.subtask_loop import cause_of
@@ -161,8 +161,8 @@ class CoordinatorRuntime:
                     self._host.start_subtask(subtask, incarnation)
                 case StopSubtask(subtask, incarnation):
                     self._host.stop_subtask(subtask, incarnation)
-                case LoadLatest():
-                    self._host.background(self._load)
+                case LoadLatest(unresolved):
+                    self._host.background(self._load(unresolved))
                 case RecoverSinks(attempt, manifest):
                     self._host.background(self._recover_sinks(attempt, manifest))
                 case WriteManifest():
@@ -182,23 +182,30 @@ class CoordinatorRuntime:
 
     # ------------------------------------------------------------------------------------------------ background tasks
 
-    def _load(self) -> CoordinatorEvent:
-        try:
-            if self._incarnation is None:
-                self._incarnation = self._store.claim()
-            else:
-                self._incarnation = self._store.latest(self._incarnation)
-            found = self._incarnation
-            discovered: tuple[SplitState, ...] = ()
-            if found.manifest is None:
-                if self._discovered is None:
-                    self._discovered = self._discover()
-                discovered = self._discovered
-            else:
-                self.outcome.manifest = found.manifest
-            return Recovered(found.manifest, found.next_checkpoint, found.next_attempt, discovered)
-        except Exception as error:
-            return RecoveryFailed(cause_of(error, where="recovery"))
+    def _load(self, unresolved: tuple[CheckpointId, ...]) -> Callable[[], CoordinatorEvent]:
+        def load() -> CoordinatorEvent:
+            try:
+                return self._recovered(unresolved)
+            except Exception as error:
+                return RecoveryFailed(cause_of(error, where="recovery", fatal=(DataError,)))
+
+        return load
+
+    def _recovered(self, unresolved: tuple[CheckpointId, ...]) -> Recovered:
+        """Claim the directory the first time; after a failure read it again."""
+        if self._incarnation is None:
+            self._incarnation = self._store.claim()
+        else:
+            self._incarnation = self._store.latest(self._incarnation, unresolved)
+        found = self._incarnation
+        discovered: tuple[SplitState, ...] = ()
+        if found.manifest is not None:
+            self.outcome.manifest = found.manifest
+        else:
+            if self._discovered is None:
+                self._discovered = self._discover()
+            discovered = self._discovered
+        return Recovered(found.manifest, found.next_checkpoint, found.next_attempt, discovered)
 
     def _discover(self) -> tuple[SplitState, ...]:
         return tuple(
@@ -214,7 +221,7 @@ class CoordinatorRuntime:
                     payloads = () if manifest is None else manifest.committables(operator)
                     committer.recover(payloads, fresh=manifest is None)
             except Exception as error:
-                return SinksFailed(attempt, cause_of(error, where="recovery of sinks"))
+                return SinksFailed(attempt, cause_of(error, where="recovery of sinks", fatal=(DataError,)))
             return SinksRecovered(attempt)
 
         return recover
@@ -243,6 +250,8 @@ class CoordinatorRuntime:
                 self._store.commit(manifest)
             except FencedError as error:
                 return ManifestFailed(manifest.checkpoint, str(error), fenced=True)
+            except StateTooLargeError as error:
+                return ManifestFailed(manifest.checkpoint, str(error), fatal=cause_of(error, where="checkpoint"))
             except Exception as error:
                 return ManifestFailed(manifest.checkpoint, f"{type(error).__name__}: {error}")
             self.outcome.manifest = manifest

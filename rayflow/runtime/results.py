@@ -78,5 +78,6 @@ def collected(plan: Plan, manifest: Manifest | None, snapshots: SnapshotStore) -
         states = () if manifest is None else [h for s in manifest.subtasks for h in s.states if h.operator == operator]
         pieces = [snapshots.read(handle, None).table for handle in sorted(states, key=lambda h: h.subtask)]
         filled = [p for p in pieces if p.num_rows] or pieces[:1]
-        tables[operator] = pa.concat_tables(filled) if filled else pa.table({})
+        empty = pa.table({}) if planned.schema is None else planned.schema.empty_table()
+        tables[operator] = pa.concat_tables(filled) if filled else empty
     return tables

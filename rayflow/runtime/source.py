@@ -30,6 +30,8 @@ class SourceRunner:
         self._reader: SplitReader | None = None
         self._no_more = False
         self._requested = False
+        self.position = "before the first split"
+        """Where the last batch was read, for messages and for telling a repeated failure."""
         self._tracker = WatermarkTracker(planned.event_time) if planned.event_time is not None else None
 
     @property
@@ -44,14 +46,6 @@ class SourceRunner:
     @property
     def can_poll(self) -> bool:
         return bool(self._queue)
-
-    @property
-    def position(self) -> str:
-        """Where reading stands, for messages."""
-        if not self._queue:
-            return ""
-        head = self._queue[0]
-        return f"{head.split_id} at {head.position}"
 
     def wants_split(self) -> bool:
         """True once for every request that should be sent now."""
@@ -68,6 +62,7 @@ class SourceRunner:
     def poll(self) -> pa.RecordBatch | None:
         """The next batch, or None when there is none just now."""
         head = self._queue[0]
+        self.position = f"split {head.split_id} at {head.position}"
         try:
             if self._reader is None:
                 self._reader = self._planned.source.reader(head.split, head.position, self._ctx)

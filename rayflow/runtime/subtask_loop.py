@@ -91,6 +91,8 @@ from rayflow.runtime.uploads import Uploads
 BROKEN_GRACE_S = 3.0
 """A broken channel is usually the shadow of a death that the coordinator hears of first; after this it is a failure."""
 IDLE_POLL_S = 0.005
+FATAL = (CommitLostError, CorruptCheckpointError, PlanError, StateTooLargeError, ProtocolError)
+"""Errors that another attempt cannot mend."""
 
 
 class Phase(Enum):
@@ -113,20 +115,22 @@ class JobSpec:
     heartbeat_s: float | None = 1.0
 
 
-def cause_of(error: BaseException, *, where: str, position: str = "") -> FailureCause:
-    """The error as it travels to the coordinator. Only faults of data or user code have a position (see `Restart`)."""
+def cause_of(error: BaseException, *, where: str, position: str = "", fatal: tuple[type, ...] = ()) -> FailureCause:
+    """The error as it travels to the coordinator. Only faults of data or user code have a position (see `Restart`).
+
+    Errors of the ``fatal`` types, and those that would come back for ever, end the job at once.
+    """
     root: BaseException = error
     while isinstance(root, UserCodeError) and root.__cause__ is not None:
         root = root.__cause__
     repeatable = isinstance(error, UserCodeError | DataError | ExpressionError)
-    fatal = isinstance(error, CommitLostError | CorruptCheckpointError | PlanError | StateTooLargeError | ProtocolError)
     text = str(error) or type(error).__name__
     return FailureCause(
         message=text if where in text else f"{where}: {text}",
         kind=type(error).__name__ if root is error else f"{type(error).__name__}({type(root).__name__})",
         position=position if repeatable else "",
         traceback="".join(traceback.format_exception(error)),
-        fatal=fatal,
+        fatal=isinstance(error, FATAL + fatal),
     )
 
 
