@@ -67,6 +67,7 @@ class CheckpointStore(CheckpointReader):
         self._decision: Decision | None = None
         self._run_id = ""
         self._recoveries = 0
+        self._fenced = False  # for ever: claiming again would fence the one that took over, and so on in turns
         self._begun: set[CheckpointId] = set()  # manifests whose write was begun, ever; grows by one a checkpoint
         self._unsettled: set[CheckpointId] = set()  # those whose outcome is unknown
         self._retention = Retention(store, self._contents)
@@ -80,6 +81,10 @@ class CheckpointStore(CheckpointReader):
         `CorruptCheckpointError` if the newest that counts is not whole: it is named, and the last whole one before it
         is offered, but never taken silently. Raises `FencedError` if another coordinator claimed meanwhile.
         """
+        if self._fenced:
+            raise FencedError(
+                f"a later run owns the checkpoint directory of job {self._job!r}; this one stops (rule C8)"
+            )
         number = self._take_number()
         directory = self.survey()
         manifest = self.choose(directory, start_from)
@@ -188,6 +193,7 @@ class CheckpointStore(CheckpointReader):
         assert self._decision is not None
         number = self._decision.incarnation
         if self._store.exists(claim_path(number + 1)):
+            self._fenced = True
             raise FencedError(
                 f"a later run took over the checkpoint directory of job {self._job!r} (this is coordinator {number}, "
                 f"there is {claim_path(number + 1)}); this one stops and changes nothing more (rule C8)"

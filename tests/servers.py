@@ -102,12 +102,8 @@ def seaweed(folder: Path) -> Iterator[S3Server]:
         _wait_until_it_works(server, process, log)
         yield server
     finally:
-        process.terminate()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        process.kill()  # it takes seconds to say goodbye, and its data are temporary
+        process.wait()
 
 
 def _wait_until_it_works(server: S3Server, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -25,6 +25,8 @@ NAMES = [
 
 
 class StoreConformance:
+    races = 3
+
     def test_what_was_put_is_read_back(self, store: Store) -> None:
         store.put("a/b/c.bin", b"\x00\xff" * 1000)
         assert store.get("a/b/c.bin") == b"\x00\xff" * 1000
@@ -121,7 +123,7 @@ class StoreConformance:
         assert store.list() == []
 
     def test_sixteen_race_and_one_wins(self, store: Store) -> None:
-        for round_ in range(3):
+        for round_ in range(self.races):
             start = threading.Barrier(16)
 
             def race(who: int, path: str = f"race/{round_}", start: threading.Barrier = start) -> PutOutcome:

@@ -153,11 +153,16 @@ def test_the_fenced_one_changes_nothing_more() -> None:
         lambda: mine.sweep(1),
         lambda: mine.discard(CheckpointId(9)),
         lambda: mine.latest(incarnation),
+        lambda: mine.commit(make_manifest(MemoryStore(), incarnation, 3)),
     ]
     for call in calls:
         with pytest.raises(FencedError, match="later run took over.*'job'"):
             call()
-    assert store.list("chk-") == before
+    assert store.list("chk-00000001/") + store.list("chk-00000002/") == before
+    with pytest.raises(FencedError):
+        mine.claim()  # or the two would take turns for ever
+    assert understand(store.list()).claims == (1, 2)
+    assert coordinator(store).claim().manifest == coordinator(store).read(CheckpointId(2)), "the late 3 does not count"
 
 
 def test_a_manifest_of_another_job_is_refused() -> None:

@@ -213,7 +213,7 @@ class DecidesNothing(CheckpointStore):
 def test_a_broken_order_is_caught(broken: type[CheckpointStore], complaint: str) -> None:
     whole = ((schedule, None) for schedule in schedules())
     killed = ((schedule, 1) for schedule in schedules(NEW_STEPS - 3))  # it has gone on, and written nothing yet
-    for schedule, kill in itertools.chain(whole, killed):
+    for schedule, kill in itertools.chain(killed, whole):
         _, complaints = play(lambda store: broken(store, JOB), schedule, kill=kill)
         if any(complaint in found for found in complaints):
             return
