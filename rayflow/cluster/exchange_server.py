@@ -173,8 +173,11 @@ class ExchangeServer(flight.FlightServerBase):
         if previous is not None:
             previous.end()
 
-    def return_credit(self, channel: ChannelId, nbytes: int) -> None:
+    def return_credit(self, channel: ChannelId, nbytes: int, *, attempt: Attempt | None = None) -> None:
         """The loop has taken ``nbytes`` of the channel: let the sender know, now or soon (rule F1).
+
+        ``attempt`` is that of the element; credit for another one changes nothing (rule C6). It may be left out by a
+        loop that calls `accept` itself and has thrown away what it had not taken by then.
 
         Credit is cumulative and coalesced: it is written here as soon as 1/8 of the window is owed, so that at most 8
         such messages are unread by the sender and a write never blocks the loop, even when the sender is stopped. What
@@ -185,7 +188,7 @@ class ExchangeServer(flight.FlightServerBase):
         """
         current = self._current
         inbound = None if current is None else current.channels.get(channel)
-        if current is None or inbound is None or nbytes == 0:
+        if current is None or inbound is None or nbytes == 0 or attempt not in (None, current.attempt):
             return  # Taken from an attempt that is over: its sender is gone (rule C6).
         with inbound.lock:
             inbound.taken += nbytes

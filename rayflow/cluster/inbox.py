@@ -15,8 +15,8 @@ T = TypeVar("T")
 class Inbox(Generic[T]):
     """Thread-safe queue of many producers and one consumer.
 
-    `queue.SimpleQueue` is C: measured 0.05 us a put, and 0.15 us an event drained in bulk (0.4 us alone), against 3 us
-    for a deque with a condition. A put wakes the consumer only when it waits.
+    `queue.SimpleQueue` is C: measured 0.06 us a put, 0.03 us an event drained in bulk, 0.4 us for one put and drained
+    alone (a deque with a condition: 0.5 us, and its lock is held by Python code), 6 us to wake a waiting consumer.
     """
 
     __slots__ = ("_queue",)
