@@ -7,6 +7,7 @@ Its methods only enqueue or read, so that the one thread Ray gives it is always 
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import traceback
@@ -24,7 +25,7 @@ from rayflow.cluster.inbox import Inbox
 from rayflow.cluster.package import JobPackage, unpack
 from rayflow.cluster.processes import CLOSE_GRACE_S, ProcessEnded, Processes
 from rayflow.cluster.resources import cpus_per_subtask
-from rayflow.cluster.view import Ended, metrics_of, status_of, subtasks_of
+from rayflow.cluster.view import CoordinatorInfo, Ended, metrics_of, status_of, subtasks_of
 from rayflow.core.events import (
     CancelRequested,
     CheckpointRequested,
@@ -43,6 +44,8 @@ from rayflow.runtime.subtask_loop import cause_of
 
 LINGER_S: Final = 600.0
 """How long the outcome of a job that has ended is kept for a driver; then the coordinator goes by itself."""
+SPARE_AFTER_S: Final = 1.0
+"""A job that has run so long gets a spare process; a shorter one does not pay for it. Heartbeats wake the loop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +123,7 @@ class CoordinatorProcess:
             reconstructed = bool(context.was_current_actor_reconstructed)
         threading.Thread(target=self._run, args=(reconstructed,), name="rayflow-coordinator", daemon=True).start()
 
-    # ----------------------------------------------------------------------------------------- called by other processes
+    # ---------------------------------------------------------------------------------------- called by other processes
 
     def report(self, life: str, envelope: ReportEnvelope) -> None:
         """From a subtask. Those of an earlier coordinator's life are of no attempt of this one (rule C6)."""
@@ -158,11 +161,10 @@ class CoordinatorProcess:
         """For a driver that comes back."""
         return self._package
 
-    def life(self) -> str:
-        """Changes when the coordinator has died and begun again."""
-        return self._life
+    def coordinator(self) -> CoordinatorInfo:
+        return CoordinatorInfo(os.getpid(), self._node, self._life)
 
-    # --------------------------------------------------------------------------------------------------- the loop thread
+    # -------------------------------------------------------------------------------------------------- the loop thread
 
     def _run(self, reconstructed: bool) -> None:
         cause: FailureCause | None = None
@@ -194,6 +196,7 @@ class CoordinatorProcess:
 
     def _loop(self) -> None:
         runtime = self._runtime
+        spare_at: float | None = None
         with self._lock:
             runtime.start()
         while not runtime.ended:
@@ -206,6 +209,12 @@ class CoordinatorProcess:
                 deadline = runtime.next_deadline()
                 if deadline is not None and deadline <= time.monotonic():
                     runtime.handle(Tick())
+            if runtime.machine.state is not JobState.RUNNING:
+                spare_at = None
+            elif spare_at is None:
+                spare_at = time.monotonic() + SPARE_AFTER_S
+            elif spare_at <= time.monotonic() and self._package.config.restart.strategy != "none":
+                self._processes.keep_spare()
 
     def _hear(self, news: News) -> None:
         if isinstance(news, _Bug):
@@ -233,8 +242,8 @@ class CoordinatorProcess:
 
 def _memory_lost(job: str) -> FailureCause:
     return FailureCause(
-        f'the coordinator of job {job!r} died, and with it the snapshots that state="memory" keeps there; starting over '
-        "could write output twice, so the job ends here: run it again, with CheckpointConfig(url) to survive this",
+        f'the coordinator of job {job!r} died, and with it the snapshots that state="memory" keeps there; starting '
+        "over could write output twice, so the job ends here: run it again, with CheckpointConfig(url) to survive this",
         kind="StateLost",
         fatal=True,
     )

@@ -1,9 +1,9 @@
 """From this process to a cluster: connect to Ray, quietly, and see that the plan fits.
 
-User code travels by pickle: what a script or notebook defines itself goes along by value; modules that it imports must be
-importable on the nodes. On one machine they are (Ray gives its workers the driver's ``sys.path``); on several, install
-them there or call ``ray.init(runtime_env={"working_dir": "."})`` before the flow is run: a Ray that is initialised
-already is used as it is.
+User code travels by pickle: what a script or notebook defines itself goes along by value; modules that it imports must
+be importable on the nodes. On one machine they are (Ray gives its workers the driver's ``sys.path``); on several,
+install them there or call ``ray.init(runtime_env={"working_dir": "."})`` before the flow is run: a Ray that is
+initialised already is used as it is.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import ray
 from rayflow.cluster.coordinator_actor import LINGER_S, CoordinatorActor
 from rayflow.cluster.deploy import check_cluster, connect
 from rayflow.cluster.package import JobPackage, pack, slices_of
-from rayflow.cluster.view import Ended
+from rayflow.cluster.view import CoordinatorInfo, Ended
 from rayflow.config import CheckpointConfig, JobConfig
 from rayflow.core.events import JobState
 from rayflow.core.messages import CheckpointKind
@@ -64,7 +64,7 @@ def submit(
         *slices_of(pack(package))
     )
     job = Job(name, actor, package)
-    job._ask("life")
+    job._ask("coordinator")
     return job
 
 
@@ -104,7 +104,7 @@ class Job:
     def __repr__(self) -> str:
         return f"<Job {self.name}>"
 
-    # ------------------------------------------------------------------------------------------------------ what is seen
+    # ----------------------------------------------------------------------------------------------------- what is seen
 
     def status(self) -> JobStatus:
         ended = self._poll()
@@ -114,6 +114,14 @@ class Job:
         """Every subtask with its process, in plan order."""
         ended = self._poll()
         return list(ended.subtasks) if ended is not None else self._read("subtasks", "subtasks")
+
+    def coordinator(self) -> CoordinatorInfo:
+        """The process that leads the job. Raises `ClusterError` when the job has ended."""
+        if self._poll() is not None:
+            raise ClusterError(f"job {self.name} has ended and has no coordinator any more")
+        found = self._ask("coordinator")
+        assert isinstance(found, CoordinatorInfo)
+        return found
 
     def timeline(self) -> tuple[TimelineEntry, ...]:
         """The story of the job since its present coordinator began; `TimelineEntry.at` in seconds of that process."""
@@ -129,7 +137,7 @@ class Job:
         """The retained checkpoints, read from storage; none with ``state="memory"``."""
         return self._stores().open_stores()[0].list()
 
-    # ------------------------------------------------------------------------------------------------------ what is done
+    # ----------------------------------------------------------------------------------------------------- what is done
 
     def wait(self, timeout: float | None = None) -> JobResult:
         """The result, when the job has ended.
@@ -184,7 +192,7 @@ class Job:
             self._release()
             raise TimeoutError(f"job {self.name} did not cancel within {CANCEL_TIMEOUT_S:g} s and was killed")
 
-    # ---------------------------------------------------------------------------------------------------------- the rest
+    # --------------------------------------------------------------------------------------------------------- the rest
 
     def _stores(self) -> JobPackage:
         assert self._package is not None

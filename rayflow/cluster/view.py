@@ -15,6 +15,15 @@ from rayflow.runtime.results import JobStatus, SubtaskInfo
 
 
 @dataclass(frozen=True, slots=True)
+class CoordinatorInfo:
+    """The process that leads a job. ``life`` changes when it has died and begun again."""
+
+    pid: int
+    node: str
+    life: str
+
+
+@dataclass(frozen=True, slots=True)
 class Ended:
     """How a job ended, with all that the driver needs to give its result."""
 
