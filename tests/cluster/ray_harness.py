@@ -1,0 +1,62 @@
+"""Waiting for things and killing things, for tests on real Ray."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable
+
+import psutil
+
+from rayflow.cluster.job import Job
+
+PATIENCE_S = 60.0
+
+
+def until(condition: Callable[[], object], what: str, *, timeout_s: float = PATIENCE_S) -> None:
+    """Wait for the thing itself; nothing is assumed of how long it takes."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {timeout_s:g} s for: {what}"
+        time.sleep(0.01)
+
+
+def kill(*pids: int, sig: signal.Signals = signal.SIGKILL) -> None:
+    assert all(pid > 1 for pid in pids), pids
+    for pid in pids:
+        os.kill(pid, sig)
+
+
+def running(job: Job) -> None:
+    """Until every subtask runs, and a checkpoint of this attempt is complete."""
+    until(lambda: job.status().state == "running", f"{job} runs")
+    job.checkpoint()
+
+
+def recovered(job: Job, attempt: int) -> None:
+    """Until an attempt later than ``attempt`` runs."""
+
+    def again() -> bool:
+        status = job.status()
+        return status.attempt > attempt and status.state == "running"
+
+    until(again, f"{job} runs again")
+
+
+def process_is_gone(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
+def subtask_processes() -> list[int]:
+    """Pids of this session's processes that are, or were, a subtask."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "SubtaskProcess" in "".join(process.cmdline()[:1]) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+    return found
