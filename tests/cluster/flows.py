@@ -1,13 +1,12 @@
 """Flows whose results are known in closed form, fed by a source that trickles until a gate file is there.
 
-Until then rows come slowly and far more of them are left than a test lasts; afterwards the rest comes at once. So faults
-happen while rows flow, and no test depends on the speed of the machine.
+Until then rows come slowly and far more of them are left than a test lasts; afterwards the rest comes at once. So
+faults happen while rows flow, and no test depends on the speed of the machine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import duckdb
@@ -53,19 +52,13 @@ def windowed(stream: Stream) -> Stream:
     return stream.key_by("k").window(rf.tumbling(f"{WINDOW_S}s")).agg(n=rf.count(), total=rf.sum("v"))
 
 
-@dataclass(frozen=True)
-class Expectation:
-    """What a flow over all rows gives, by DuckDB."""
-
-    rows: int = ROWS
-
-    def windows(self) -> list[tuple[int, int, int, int]]:
-        """(key, window start in us, count, sum), sorted."""
-        width = WINDOW_S * 1000
-        return duckdb.sql(  # type: ignore[no-any-return]
-            f"select i % {KEYS}, i // {width} * {width * 1000}, count(*), sum(i)::bigint "
-            f"from range({self.rows * SPLITS}) t(i) group by all order by all"
-        ).fetchall()
+def expected_windows(rows: int = ROWS) -> list[tuple[int, int, int, int]]:
+    """(key, window start in us, count, sum) over all rows, sorted; by DuckDB."""
+    width = WINDOW_S * 1000
+    return duckdb.sql(  # type: ignore[no-any-return]
+        f"select i % {KEYS}, i // {width} * {width * 1000}, count(*), sum(i)::bigint "
+        f"from range({rows * SPLITS}) t(i) group by all order by all"
+    ).fetchall()
 
 
 def windows_in(table: pa.Table) -> list[tuple[int, int, int, int]]:
@@ -90,7 +83,8 @@ def assert_doubled(out: Path, rows: int = ROWS) -> None:
     """Every number exactly once, with its double."""
     total = rows * SPLITS
     n, distinct, low, high, wrong = duckdb.sql(
-        f"select count(*), count(distinct v), min(v), max(v), count(*) filter (twice != 2 * v) from '{out}/**/*.parquet'"
+        "select count(*), count(distinct v), min(v), max(v), count(*) filter (twice != 2 * v) "
+        f"from '{out}/**/*.parquet'"
     ).fetchall()[0]
     assert (n, distinct, low, high, wrong) == (total, total, 0, total - 1, 0)
 
@@ -100,4 +94,4 @@ def windows_flow(gate: Path, out: Path, rows: int = ROWS) -> rf.Flow:
 
 
 def assert_windows(out: Path, rows: int = ROWS) -> None:
-    assert windows_in(pyarrow.dataset.dataset(str(out), format="parquet").to_table()) == Expectation(rows).windows()
+    assert windows_in(pyarrow.dataset.dataset(str(out), format="parquet").to_table()) == expected_windows(rows)
