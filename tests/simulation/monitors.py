@@ -96,10 +96,12 @@ class Monitors:
                     f"its barrier stands behind {expected}"
                 )
 
-    def reported(self, envelope: ReportEnvelope) -> None:
+    def reported(self, envelope: ReportEnvelope, pending: CheckpointId | None) -> None:
         report = envelope.report
         if not isinstance(report, Acknowledge) or not self.enabled:
             return
+        if report.checkpoint != pending:
+            return  # given up meanwhile, and its files may have been deleted: nobody will believe it
         who = f"{envelope.subtask} acknowledges {report.checkpoint}"
         for handle in report.snapshot.states:
             if handle.file is not None and (problem := self._observer.problem(handle.file)):

@@ -18,7 +18,7 @@ from tests.simulation.storage import Observer
 from tests.simulation.target import Row, Target
 from tests.simulation.world import SimWorld, describe
 
-STEPS_MAX = 150_000
+STEPS_MAX = 60_000
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,7 @@ def make_world(
         faults=faults,
         observer=observer,
         targets=scenario.targets,
+        wait_s=scenario.wait_s,
         retain=scenario.retain,
         inline_max_bytes=scenario.inline_max_bytes,
         keep=keep,

@@ -44,6 +44,8 @@ class Scenario:
     config: JobConfig
     settings: CoordinatorSettings
     mode: Mode
+    wait_s: float
+    """Mean of the virtual time that passes when time is what passes next: some 100 steps lie between two waits."""
     retain: int
     inline_max_bytes: int
     targets: tuple[Target, ...]
@@ -81,7 +83,7 @@ class Draw:
 
     def source(self) -> tuple[Stream, list[InputRow]]:
         rng = self.rng
-        rows = draw_rows(rng, rng.choice((0, 7, 30, 60, 120)), keys=self.keys, delay_us=self.delay_us)
+        rows = draw_rows(rng, rng.choice((0, 7, 40, 80, 120, 200)), keys=self.keys, delay_us=self.delay_us)
         splits, batch_rows = rng.randint(1, 5), rng.choice((1, 3, 8))
         parallelism = rng.choice((None, None, 1, 2))
         timing: dict[str, Any] = {"event_time": "t", "parallelism": parallelism}
@@ -195,9 +197,11 @@ def draw(seed_rng: Random, faults: Faults, new_target: Callable[[], Target], mod
     )
     # Below what a user may ask for, so that small jobs meet backpressure.
     object.__setattr__(config, "inflight_bytes", rng.choice((256, 256, 600, 4096)))
+    wait_s = rng.choice((0.0005, 0.002, 0.01))
+    interval = rng.choice((1, 1, 3, 3, 10, 30, None))
     settings = CoordinatorSettings(
-        interval_s=rng.choice((0.002, 0.01, 0.05, 0.5, None)),
-        timeout_s=rng.choice((0.5, 10.0, 600.0)),
+        interval_s=None if interval is None else interval * wait_s,
+        timeout_s=rng.choice((1000 * wait_s, 600.0, 600.0)),
         min_pause_s=rng.choice((0.0, 0.0, 0.005)),
         tolerable_failures=rng.choice((0, 1, 3)),
         hang_timeout_s=1e9,
@@ -214,6 +218,7 @@ def draw(seed_rng: Random, faults: Faults, new_target: Callable[[], Target], mod
         config=config,
         settings=settings,
         mode=mode,
+        wait_s=wait_s,
         retain=retain,
         inline_max_bytes=rng.choice((0, 0, 4096)),
         targets=tuple(d.targets),

@@ -29,6 +29,8 @@ class Target:
         self.prepared: dict[str, list[Row]] = {}
         self.committed: dict[str, list[Row]] = {}
         self.commit_calls: list[tuple[str, ...]] = []
+        self.checkpoint_of: dict[str, CheckpointId] = {}
+        """Token -> the checkpoint for which its rows were cut off."""
         self._faults = faults
         self._named = named
         self._seen: set[str] = set()
@@ -83,7 +85,8 @@ class Target:
     def rows(self) -> Counter[Row]:
         return Counter(row for rows in self.committed.values() for row in rows)
 
-    def new_token(self, token: str) -> str:
+    def new_token(self, token: str, checkpoint: CheckpointId) -> str:
+        self.checkpoint_of[token] = checkpoint
         if token in self._seen:
             raise Violation(f"C6: the name {token} is used twice")
         self._seen.add(token)
@@ -157,7 +160,7 @@ class FakeSinkOperator(SinkOperator):
             return FrozenState(tables)
         self._parts += 1
         ctx, target = self.ctx, self._target
-        token = target.new_token(f"{ctx.operator}/{ctx.attempt}-{ctx.subtask}-{self._parts}")
+        token = target.new_token(f"{ctx.operator}/{ctx.attempt}-{ctx.subtask}-{self._parts}", checkpoint)
 
         def prepare() -> Sequence[str]:
             target.prepare(token, rows)

@@ -90,6 +90,7 @@ class SimWorld(World):
         faults: Faults,
         observer: Observer,
         targets: tuple[Target, ...],
+        wait_s: float,
         retain: int,
         inline_max_bytes: int,
         keep: int | None = 60,
@@ -109,8 +110,7 @@ class SimWorld(World):
         self.on_complete: Callable[[Complete], Complete] = lambda complete: complete
         self._label: Label = ()
         self._nonces = 0
-        # A checkpoint takes some thousand steps at worst; one that can never be in time would never end.
-        self._mean_dt = min(rng.choice((0.0005, 0.002, 0.01)), settings.timeout_s / 1000)
+        self._mean_wait_s = wait_s
         self._slow: frozenset[SubtaskId] = frozenset()
         super().__init__(
             plan,
@@ -177,6 +177,13 @@ class SimWorld(World):
         else:
             label = self._label
             self.wires.put(label[0], key, label, deliver)
+
+    def pending(self) -> CheckpointId | None:
+        """The checkpoint that the coordinator waits for."""
+        if self.coordinator_down:
+            return None
+        pending = self.coordinator.machine.pending
+        return None if pending is None else pending.checkpoint
 
     def _post_late(self, what: str, land: Deliver) -> None:
         self.wires.put("late", object(), ("late", what), land)
@@ -342,7 +349,7 @@ class SimWorld(World):
         return True
 
     def _pass_time(self) -> bool:
-        self.clock.advance_to(self.clock.now + self.rng.expovariate(1.0) * self._mean_dt)
+        self.clock.advance_to(self.clock.now + self.rng.expovariate(1.0) * self._mean_wait_s)
         return True
 
 
@@ -389,7 +396,7 @@ class SimSubtaskSide(SubtaskSide):
 
     def report(self, envelope: ReportEnvelope) -> None:
         self._sim.faults.port()
-        self._sim.monitors.reported(envelope)
+        self._sim.monitors.reported(envelope, self._sim.pending())
         self._sim._label = ("report", envelope.subtask, envelope.attempt, envelope.sequence, envelope.report)
         super().report(envelope)
 
