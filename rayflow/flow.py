@@ -12,6 +12,7 @@ from rayflow.core.events import JobState
 from rayflow.errors import JobCancelledError, JobFailedError, PlanError
 from rayflow.operators.event_time import check_event_time
 from rayflow.plan import Plan, build_plan
+from rayflow.pushdown import push_projections
 from rayflow.runtime.coordinator_loop import MEMORY_STATE_BYTES, settings_of
 from rayflow.runtime.inprocess import World
 from rayflow.runtime.local import LocalDriver
@@ -58,7 +59,7 @@ class Flow:
             schema = source.source.schema() if look else source.source.declared_schema()
             if schema is not None and source.event_time is not None:
                 check_event_time(schema, source.event_time.column, step=source.title)
-        return plan
+        return push_projections(plan) if look else plan
 
     def explain(self, *, parallelism: int = 1, config: JobConfig | None = None) -> str:
         """The plan as text: chains, parallelism, edges, state, keys, event time."""

@@ -187,7 +187,7 @@ class CoordinatorRuntime:
             try:
                 return self._recovered(unresolved)
             except Exception as error:
-                return RecoveryFailed(cause_of(error, where="recovery", fatal=(DataError,)))
+                return RecoveryFailed(cause_of(error, where="recovery", fatal=(DataError, FencedError)))
 
         return load
 
