@@ -9,7 +9,6 @@ initialised already is used as it is.
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import ray
 
@@ -19,30 +18,25 @@ from rayflow.plan import Plan
 
 
 def connect() -> None:
-    """Use the Ray of this process, else a running cluster (``RAY_ADDRESS``, ``ray start``), else start a local one.
+    """Use the Ray of this process, else the cluster of ``RAY_ADDRESS`` or ``ray start``, else start a local one.
 
+    Not ``address="auto"``: that would join the private Ray of any other program on this machine, and end with it.
     Ray's token authentication stays as Ray sets it (on, for a local cluster of 2.59 and later); its banner is a warning
     of Ray's logger, which is silenced with the rest below errors. What user code prints comes to this terminal.
     """
     if ray.is_initialized():
         return
-    try:
-        _init(address="auto")
-    except ConnectionError:
-        try:
-            _init(address="local", include_dashboard=False)
-        except Exception as error:
-            raise ClusterError(f"a local Ray could not be started: {error}") from error
-
-
-def _init(**options: Any) -> None:
     logger = logging.getLogger("ray")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        ray.init(logging_level=logging.ERROR, log_to_driver=True, **options)
+        ray.init(logging_level=logging.ERROR, log_to_driver=True, include_dashboard=False)
+    except Exception as error:
+        raise ClusterError(
+            f"no connection to Ray: {error}; start a cluster, or unset RAY_ADDRESS (and run `ray stop`) for a local one"
+        ) from error
     finally:
-        logger.setLevel(level if level != logging.NOTSET else logging.ERROR)
+        logger.setLevel(logging.ERROR if level == logging.NOTSET else level)
 
 
 def default_parallelism() -> int:
