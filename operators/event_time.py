@@ -125,7 +125,7 @@ class EventTimeReader:
                 raise DataError(
                     f"{self._where}: the event time {self._column!r} is null in {times.null_count} of "
                     f"{len(times)} rows, the first is row {row} of the batch: {batch.slice(row, 1).to_pylist()[0]}; "
-                    'filter these rows or use on_error="skip"'
+                    "filter these rows out before the step that takes the event time"
                 )
             self.skipped_rows += times.null_count
             present = times.is_valid()

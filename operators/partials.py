@@ -166,7 +166,9 @@ class IntegerSum(Bound):
                 return [grouped.results[0], pa.array(np.zeros(grouped.groups, np.int32))]
             grouped = yield Ask(((values, "sum"), (carries, "sum")))
             return [grouped.results[0], grouped.results[1].cast(pa.int32())]
-        halves = pc.shift_right(values, 32), pc.bit_wise_and(values, pa.scalar(_LOW, self.kind))
+        # Scalars of the same type: uint64 with a Python int would be cast to int64, which does not hold it.
+        shift, mask = pa.scalar(32, self.kind), pa.scalar(_LOW, self.kind)
+        halves = pc.shift_right(values, shift), pc.bit_wise_and(values, mask)
         grouped = yield Ask(((halves[0], "sum"), (halves[1], "sum"), (carries, "sum")))
         return self._joined(*grouped.results)
 

@@ -18,6 +18,7 @@ from rayflow.errors import ConfigError, PlanError
 from rayflow.expressions import Expr
 from rayflow.operators.base import EventTime, Operator, OperatorContext, Output
 from rayflow.operators.event_time import OnNullTime, WatermarkTracker, check_event_time
+from rayflow.operators.faults import UNLOCATED, located
 from rayflow.operators.user_code import FlatMap, Map, MapBatches
 
 
@@ -49,7 +50,10 @@ class TransformOperator(Operator):
         self._transform = transform
 
     def process(self, batch: pa.RecordBatch, input_index: int) -> None:
-        result = self._transform.apply(batch)
+        try:
+            result = self._transform.apply(batch)
+        except UNLOCATED as error:
+            raise located(error, self.ctx) from error
         if result.num_rows:
             self.out.emit(result)
 

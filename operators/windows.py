@@ -25,6 +25,7 @@ from rayflow.errors import DataError, PlanError, ProtocolError
 from rayflow.operators.aggregates import Aggregate
 from rayflow.operators.base import FrozenState, FrozenTable, Operator, OperatorContext, Output, RestoredState
 from rayflow.operators.event_time import EventTimeReader, OnNullTime, check_event_time
+from rayflow.operators.faults import UNLOCATED, located
 from rayflow.operators.grouping import Int64Array
 from rayflow.operators.preaggregate import ROWS, WINDOW_START, Preaggregation, check_names
 from rayflow.operators.runs import Run, RunStore
@@ -181,10 +182,14 @@ class CombineOperator(Operator):
         batch, times, earliest, latest = self._reader.read(batch)
         if batch.num_rows == 0:
             return
-        if self._combiner is None:
-            self._combiner = Combiner(_of_rows(self._factory, batch.schema, str(self.ctx)))
         starts = _window_starts(self._factory.spec, times, earliest, latest)
-        for partial in self._combiner.combine(batch, times, starts).to_batches():
+        try:
+            if self._combiner is None:
+                self._combiner = Combiner(_of_rows(self._factory, batch.schema, "window"))
+            partials = self._combiner.combine(batch, times, starts)
+        except UNLOCATED as error:
+            raise located(error, self.ctx) from error
+        for partial in partials.to_batches():
             self.out.emit(partial)
 
 
@@ -212,6 +217,8 @@ class WindowOperator(Operator):
         self._spec = factory.spec
         self._watermark = MIN_WATERMARK
         self._plan: Preaggregation | None = None
+        self._bound_to = pa.schema([])
+        """Schema of the last batch, which is known to fit ``_plan``."""
         self._combiner: Combiner | None = None
         self._runs: RunStore | None = None
         self.counters = WindowCounters()
@@ -253,18 +260,28 @@ class WindowOperator(Operator):
             batch, times = batch.filter(on_time), times.filter(on_time)
             assert not isinstance(starts, int)
             starts = starts[~late]
-        if self._combiner is None:
-            self._bind(_of_rows(self._factory, batch.schema, str(self.ctx)))
-        assert self._combiner is not None
-        assert self._runs is not None
         low, high = (starts, starts) if isinstance(starts, int) else (int(starts.min()), int(starts.max()))
-        self._runs.append(Run(self._combiner.combine(batch, times, starts), low, high, merged=False))
+        try:
+            if not batch.schema.equals(self._bound_to):
+                self._bind(_of_rows(self._factory, batch.schema, "window"))
+                self._bound_to = batch.schema
+            assert self._plan is not None
+            assert self._runs is not None
+            if self._combiner is None:
+                self._combiner = Combiner(self._plan)
+            self._runs.append(Run(self._combiner.combine(batch, times, starts), low, high, merged=False))
+        except UNLOCATED as error:
+            raise located(error, self.ctx) from error
 
     def _take_partials(self, partials: pa.Table) -> None:
         if partials.num_rows == 0:
             return
-        if self._plan is None:
-            self._bind(Preaggregation.of_partials(self._factory.keys, self._factory.aggregates, partials.schema))
+        if not partials.schema.equals(self._bound_to):
+            try:
+                self._bind(Preaggregation.of_partials(self._factory.keys, self._factory.aggregates, partials.schema))
+            except UNLOCATED as error:
+                raise located(error, self.ctx) from error
+            self._bound_to = partials.schema
         assert self._runs is not None
         starts = self._runs.starts_of(partials)
         low, high = int(starts.min()), int(starts.max())
@@ -286,17 +303,16 @@ class WindowOperator(Operator):
         return starts <= self._watermark - self._spec.size_us
 
     def _bind(self, preaggregation: Preaggregation) -> None:
-        """Types are known: from the first rows, or from a snapshot, with which the rows must then agree."""
+        """Types are known: from a snapshot or from rows; all that come later must agree with the first."""
         if self._plan is None:
             self._plan = preaggregation
             self._runs = RunStore(preaggregation.merge, WINDOW_START)
         elif not self._plan.schema.equals(preaggregation.schema):
             raise DataError(
-                f"{self.ctx}: the restored state has the columns {_brief(self._plan.schema)}, but the input now gives "
-                f"{_brief(preaggregation.schema)}; restore with the aggregates and types of the checkpoint"
+                f"{self.ctx}: the state has the columns {_brief(self._plan.schema)}, but the input now gives "
+                f"{_brief(preaggregation.schema)}; restore with the aggregates and types of the checkpoint, and do not "
+                "change the types of a stream"
             )
-        if not self._factory.input_is_partial:
-            self._combiner = Combiner(self._plan)
 
     # ------------------------------------------------------------------------------------------------- windows out
 
