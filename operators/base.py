@@ -2,14 +2,15 @@
 
 Life of an operator, always in this order and always on the one loop thread of its subtask:
 
-    build() -> open(context, output) -> restore(states)? -> { process | on_watermark | on_timer | snapshot }* -> on_end -> close
+    build() -> open(context, output) -> restore(states)?
+            -> { process | on_watermark | on_timer | snapshot }* -> on_end -> close
 
 - `open` may be expensive (a model, a connection); it is called once an attempt.
 - `restore` is called before the first batch, with the states of this subtask's key-group range (keyed) or the states
   dealt to this subtask (operator state); not at all on a fresh start.
 - `process` must not keep the batch mutable (Arrow is immutable) and emits by calling ``self.out.emit(batch)``.
 - `snapshot` runs in the sync phase: it must take O(1) time in the size of the state. What it returns is frozen: later
-  changes of the operator must not show in it. Heavy work belongs into `FrozenState.prepare`, run by the uploader thread.
+  changes of the operator must not show in it. Heavy work belongs into `FrozenState.prepare`, which the uploader runs.
 - After `on_end` come only snapshots, and then `close`. `close` is also called after a failure, at any point.
 """
 
@@ -106,7 +107,7 @@ class Operator(ABC):
         self.out = out
 
     def restore(self, states: Sequence[RestoredState]) -> None:
-        """Take back what `snapshot` gave. The default refuses state, because dropping it silently would be data loss."""
+        """Take back what `snapshot` gave. The default refuses state: dropping it silently would be data loss."""
         if states:
             raise NotImplementedError(f"{self.ctx} cannot restore state {[s.name for s in states]}")
 
@@ -156,6 +157,9 @@ class Polled:
 
 class SplitReader(ABC):
     """Reads one split from a position on. Used by one subtask on its loop thread."""
+
+    skipped: int = 0
+    """Rows left out by policy so far; they are counted in the metrics as ``skipped_rows``."""
 
     @abstractmethod
     def poll(self) -> Polled:
@@ -222,8 +226,8 @@ class Committer(ABC):
     def recover(self, committables: Sequence[Json], *, fresh: bool) -> None:
         """Commit these, then abort everything prepared by earlier attempts that is not among them.
 
-        No subtask of the job runs meanwhile. ``fresh``: there is no checkpoint, so nothing is to be committed, and output
-        of another run in the target must be refused with `DataError` (rule R3: never mix two runs).
+        No subtask of the job runs meanwhile. ``fresh``: there is no checkpoint, so nothing is to be committed, and
+        output of another run in the target must be refused with `DataError` (rule R3: never mix two runs).
         """
 
     def finish(self) -> None:

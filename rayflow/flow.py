@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rayflow.config import CheckpointConfig, JobConfig
@@ -23,6 +24,9 @@ from rayflow.stream import Sink
 
 if TYPE_CHECKING:
     from rayflow.cluster.job import Job
+
+LOCAL_RESTARTS_MAX = 10
+"""Of a run in this process, where the job's `Restart` sets no bound."""
 
 
 class Flow:
@@ -86,7 +90,8 @@ class Flow:
         """Run to the end and return the result; on Ray, or with ``local=True`` in this process.
 
         ``start="latest"`` goes on from the newest checkpoint in the directory, if there is one (a finished job is then
-        finished at once); ``"fresh"`` refuses a directory that has any. ``progress`` shows a line on a terminal.
+        finished at once); ``"fresh"`` refuses a directory that has any; a number goes back to that checkpoint and
+        gives up all later ones, whose output is then written again. ``progress`` shows a line on a terminal.
 
         Raises `PlanError` before anything starts, `JobFailedError` with the cause when the job ends with an error.
         """
@@ -121,6 +126,13 @@ class Flow:
         return f"<Flow {self.name!r} with {len(self.sinks)} sinks>"
 
 
+def _bounded(config: JobConfig) -> JobConfig:
+    """Time is virtual here: a delay waits for nothing, so a restart that has not helped ten times never will."""
+    if config.restart.max_attempts is not None:
+        return config
+    return replace(config, restart=replace(config.restart, max_attempts=LOCAL_RESTARTS_MAX))
+
+
 def new_run_id() -> str:
     return uuid.uuid4().hex[:12]
 
@@ -134,13 +146,13 @@ def run_local(
     on_round: Callable[[World], None] | None = None,
 ) -> JobResult:
     """Run the plan in this process, without Ray, in a fixed order and with virtual time."""
-    store, snapshots, in_memory = open_stores(plan, config, checkpoints, start=start)
+    store, snapshots, in_memory = open_stores(plan, config, checkpoints, start=start, look=True)
     exactly_once = checkpoints is None or checkpoints.mode == "exactly_once"
     spec = JobSpec(plan, config, exactly_once, new_run_id(), heartbeat_s=None)
     world = World(
         plan,
         spec,
-        settings_of(config, checkpoints),
+        settings_of(_bounded(config), checkpoints),
         checkpoints=store,
         snapshots=snapshots,
         retain=checkpoints.retain if checkpoints else 1,

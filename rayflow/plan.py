@@ -137,6 +137,7 @@ def build_plan(name: str, sinks: Sequence[Node], *, parallelism: int, max_parall
     """
     check_parallelism(parallelism, max_parallelism)
     nodes = topological(sinks)
+    _check_outputs(nodes)
     for node in nodes:
         node.schema(look=look)
     nodes = topological(_with_combiners(sinks, nodes))
@@ -175,6 +176,21 @@ def build_plan(name: str, sinks: Sequence[Node], *, parallelism: int, max_parall
             source = ids[id(head_of[id(each.node)])]
             edges.append(Edge(len(edges), source, each.tag, ids[id(node)], index, exchange))
     return Plan(name, chains, tuple(edges), max_parallelism)
+
+
+def _check_outputs(nodes: Sequence[Node]) -> None:
+    """Recovery removes from a place what its checkpoint does not name, so two sinks there would delete each other's."""
+    writers: dict[str, Node] = {}
+    for node in nodes:
+        path = getattr(node.operator, "path", None) if node.is_sink else None
+        if path is None:
+            continue
+        other = writers.setdefault(str(path).replace("s3a://", "s3://", 1), node)
+        if other is not node:
+            raise PlanError(
+                f"{node.where()} writes to {str(path)!r}, where {other.where()} writes already; give each sink a "
+                "place of its own, or union the streams before one sink"
+            )
 
 
 def _parallelism(node: Node, default: int, max_parallelism: int) -> int:

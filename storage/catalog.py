@@ -134,6 +134,11 @@ class CheckpointReader:
             raise CorruptCheckpointError(f"checkpoint {start_from} does not count: a later run went on from before it")
         return None
 
+    def offer_before(self, checkpoint: CheckpointId) -> str:
+        """One sentence on what could be restored in place of ``checkpoint``, which cannot."""
+        directory = self.survey()
+        return self._offer(tuple(n for n in directory.manifests if n < checkpoint), directory)
+
     def _whole(self, checkpoint: CheckpointId, directory: Directory) -> Manifest | None:
         """None if it does not count; raises `CorruptCheckpointError` if a file is missing or has another size."""
         manifest = self.load(checkpoint)

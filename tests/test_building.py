@@ -94,6 +94,16 @@ def test_columns_of_files_are_checked_before_anything_starts(tmp_path: Path) -> 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("read", [rf.read_csv, rf.read_json])
+def test_a_declared_schema_is_checked_without_looking_at_files(read: Callable[..., Stream]) -> None:
+    stream = read("no/such/file", schema=ROWS.schema, event_time="t")
+    with pytest.raises(PlanError, match="'nope' is not in the schema"):
+        stream.filter(rf.col("nope") > 1)
+    with pytest.raises(PlanError, match="'v'"):
+        read("no/such/file", schema=ROWS.schema, event_time="v")
+    read("no/such/file").filter(rf.col("nope") > 1)
+
+
 def test_a_stream_is_immutable() -> None:
     base = rows()
     base.filter(rf.col("v") > 10)

@@ -105,3 +105,13 @@ def test_explain_and_mermaid_show_chains_edges_and_keys() -> None:
     drawn = flow.to_mermaid(parallelism=2)
     assert drawn.startswith("flowchart LR")
     assert '-->|"hash(k)"|' in drawn
+
+
+def test_two_sinks_at_one_place_are_refused() -> None:
+    base = rows()
+    with pytest.raises(PlanError, match=r"'second'.*writes to '/data/out', where step 'first'.*writes already"):
+        plan_of(base.write_parquet("/data/out", name="first"), base.write_parquet("/data/out/", name="second"))
+    with pytest.raises(PlanError, match="place of its own"):
+        plan_of(base.write_parquet("s3://b/out"), base.write_parquet("s3a://b/out"))
+    once = base.write_parquet("/data/out")
+    plan_of(once, once, base.write_parquet("/data/out/deeper"))

@@ -86,6 +86,10 @@ class TextSource(Source):
             self._cache["schema"] = full if self.columns is None else pa.schema([full.field(n) for n in self.columns])
         return self._cache["schema"]
 
+    def declared_schema(self) -> pa.Schema | None:
+        """The schema that was given; None when only the files tell."""
+        return None if self._given is None else self.schema()
+
     def discover(self) -> Sequence[tuple[str, Json]]:
         """Byte ranges of about 64 MB; one for a compressed file. Raises `DataError` when headers differ."""
         files = self._files()

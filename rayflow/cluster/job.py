@@ -57,7 +57,7 @@ def submit(
     if checkpoints is not None:
         # The processes of the job have other working directories.
         checkpoints = replace(checkpoints, url=ObjectStore(checkpoints.url).url)
-    open_stores(plan, config, checkpoints, start=start)
+    open_stores(plan, config, checkpoints, start=start, look=True)
     package = JobPackage(plan, config, checkpoints, run_id, secrets.token_hex(32))
     name = f"{plan.name}:{run_id}"
     actor = CoordinatorActor.options(name=name, namespace=NAMESPACE, lifetime="detached").remote(

@@ -8,7 +8,7 @@ event: the loop itself never waits. C2 lives in the order of two events: `Manife
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, assert_never
 
 from rayflow.config import CheckpointConfig, JobConfig, duration_us
@@ -40,11 +40,12 @@ from rayflow.core.ids import Attempt, CheckpointId, SubtaskId
 from rayflow.core.manifest import Manifest, SplitState, SubtaskSnapshot
 from rayflow.core.messages import CommandEnvelope, FailureCause
 from rayflow.core.restart import RestartSpec
-from rayflow.errors import DataError, FencedError, StateTooLargeError
+from rayflow.errors import CorruptCheckpointError, DataError, FencedError, StateTooLargeError, StorageError
 from rayflow.operators.base import Committer
 from rayflow.plan import Plan
 from rayflow.runtime.subtask_loop import cause_of
 from rayflow.storage.checkpoints import CheckpointStore, Incarnation
+from rayflow.storage.failures import is_transient
 
 MEMORY_STATE_BYTES = 64 * 1024 * 1024
 """Bound of ``state="memory"``: snapshots of the whole job held by the coordinator."""
@@ -174,11 +175,22 @@ class CoordinatorRuntime:
                 case CleanUp(outcome, manifest_complete):
                     self._host.background(self._clean_up(outcome, manifest_complete))
                 case JobEnded(outcome, cause):
-                    self.outcome.state, self.outcome.cause = outcome, cause
+                    self.outcome.state, self.outcome.cause = outcome, self._with_offer(cause)
                 case Note():
                     pass
                 case _:
                     assert_never(action)
+
+    def _with_offer(self, cause: FailureCause | None) -> FailureCause | None:
+        """A state file that cannot be restored is found by a subtask, which does not know what else there is."""
+        restored = self.outcome.manifest
+        if cause is None or restored is None or cause.kind != CorruptCheckpointError.__name__:
+            return cause
+        try:
+            offer = self._store.offer_before(restored.checkpoint)
+        except StorageError:
+            return cause
+        return replace(cause, message=f"{cause.message}. {offer}")
 
     # ------------------------------------------------------------------------------------------------ background tasks
 
@@ -187,7 +199,11 @@ class CoordinatorRuntime:
             try:
                 return self._recovered(unresolved)
             except Exception as error:
-                return RecoveryFailed(cause_of(error, where="recovery", fatal=(DataError, FencedError)))
+                fatal: tuple[type, ...] = (DataError, FencedError)
+                if self._incarnation is None and error.__cause__ is not None and not is_transient(error):
+                    # Never could be used: no rights, no bucket, a full disk. A job that has run waits for a remedy.
+                    fatal += (StorageError,)
+                return RecoveryFailed(cause_of(error, where="recovery", fatal=fatal))
 
         return load
 

@@ -32,11 +32,21 @@ class SourceRunner:
         self._requested = False
         self.position = "before the first split"
         """Where the last batch was read, for messages and for telling a repeated failure."""
-        self._tracker = WatermarkTracker(planned.event_time) if planned.event_time is not None else None
+        self._skipped_before = 0
+        """Rows that readers of splits that are done have left out."""
+        self._tracker = WatermarkTracker(planned.event_time, where=str(ctx)) if planned.event_time is not None else None
 
     @property
     def watermark(self) -> int:
         return self._tracker.watermark if self._tracker is not None else MIN_WATERMARK
+
+    @property
+    def skipped_rows(self) -> int:
+        """Rows left out by ``on_error="skip"`` in this attempt."""
+        return self._skipped_before + self._skipped_by_reader()
+
+    def _skipped_by_reader(self) -> int:
+        return self._reader.skipped if self._reader is not None else 0
 
     @property
     def exhausted(self) -> bool:
@@ -76,6 +86,7 @@ class SourceRunner:
             ) from error
         if polled.done:
             self._queue.popleft()
+            self._skipped_before += self._skipped_by_reader()
             self._reader.close()
             self._reader = None
         elif polled.batch is not None:

@@ -386,6 +386,8 @@ class SubtaskRuntime:
 
     def work(self) -> None:
         """One unit of work: take one element or poll the source once; then whatever the clock asks for."""
+        if self.phase is Phase.CLOSED:
+            return
         if self.phase is not Phase.RUNNING:
             self._beat(self._host.now())
             return
@@ -467,6 +469,8 @@ class SubtaskRuntime:
         if self._chain is not None:
             found["watermark"] = self._chain.watermark
             found |= self._chain.counters()
+        if self._source is not None and self._source.skipped_rows:
+            found["skipped_rows"] = found.get("skipped_rows", 0.0) + self._source.skipped_rows
         return found
 
     # -------------------------------------------------------------------------------------------------------- actions
