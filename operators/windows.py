@@ -1,4 +1,4 @@
-"""Tumbling windows over event time, with aggregates, and the combiner that goes before the exchange.
+"""Tumbling windows over event time, with aggregates.
 
 W1  an emitted watermark never decreases: `WindowOperator.on_watermark` returns the highest it has seen.
 W3  a window fires at most once per key: it is dropped when it fires, rows that come for it later are late, and the
@@ -12,55 +12,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Final
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rayflow.config import Duration, duration_us
-from rayflow.core.ids import MAX_WATERMARK, MIN_WATERMARK, CheckpointId
+from rayflow.core.ids import MIN_WATERMARK, CheckpointId
 from rayflow.errors import DataError, PlanError, ProtocolError
 from rayflow.operators.aggregates import Aggregate
 from rayflow.operators.base import FrozenState, FrozenTable, Operator, OperatorContext, Output, RestoredState
-from rayflow.operators.event_time import EventTimeReader, OnNullTime, check_event_time
+from rayflow.operators.combine import CombineOperator, Combiner, LocalCombine, plan_of_rows
+from rayflow.operators.event_time import EventTimeReader, OnNullTime
 from rayflow.operators.faults import UNLOCATED, located
 from rayflow.operators.grouping import Int64Array
 from rayflow.operators.preaggregate import ROWS, WINDOW_START, Preaggregation, check_names
 from rayflow.operators.runs import Run, RunStore
+from rayflow.operators.tumbling import Tumbling, tumbling
 
 LATE = "late"
 """Tag of the side output of rows whose window had closed."""
 STATE: Final = "windows"
 OUTPUT_ROWS: Final = 65_536
-
-
-@dataclass(frozen=True, slots=True)
-class Tumbling:
-    """Windows of one size that follow each other without a gap: [offset + n * size, offset + (n + 1) * size)."""
-
-    size_us: int
-    offset_us: int = 0
-
-    def __str__(self) -> str:
-        return f"tumbling {timedelta(microseconds=self.size_us)}"
-
-    def start_of(self, time_us: int) -> int:
-        """Start of the window of one time; right before 1970 too, because Python's // floors."""
-        return (time_us - self.offset_us) // self.size_us * self.size_us + self.offset_us
-
-    def starts_of(self, times_us: Int64Array) -> Int64Array:
-        starts: Int64Array = (times_us - self.offset_us) // self.size_us
-        starts *= self.size_us
-        starts += self.offset_us
-        return starts
-
-
-def tumbling(size: Duration, *, offset: Duration = "0s") -> Tumbling:
-    """Windows of ``size``, aligned to the epoch (UTC) plus ``offset``. Raises `ConfigError` for a bad duration."""
-    size_us = duration_us(size, what="tumbling(size)", minimum_us=1)
-    return Tumbling(size_us, duration_us(offset, what="tumbling(offset)") % size_us)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -98,105 +71,14 @@ class WindowAggregate:
             return None
         if self.input_is_partial and ROWS in schema.names:
             return Preaggregation.of_partials(self.keys, self.aggregates, schema).output_schema
-        return _of_rows(self, schema, "window").output_schema
+        return self.plan(schema).output_schema
+
+    def plan(self, schema: pa.Schema) -> Preaggregation:
+        """For rows of ``schema``; raises `PlanError` for what does not fit."""
+        return plan_of_rows(self.keys, self.aggregates, self.event_time, schema)
 
     def build(self) -> Operator:
         return WindowOperator(self)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class LocalCombine:
-    """Factory: turns every batch of rows into partial results, so that the exchange ships fewer rows.
-
-    Keeps nothing from one batch to the next, hence no state. Schema out: see `rayflow.operators.preaggregate`.
-    """
-
-    keys: tuple[str, ...]
-    spec: Tumbling
-    aggregates: Mapping[str, Aggregate]
-    event_time: str
-    on_error: OnNullTime = "fail"
-
-    def __post_init__(self) -> None:
-        check_names(self.keys, self.aggregates)
-
-    @property
-    def stateful(self) -> bool:
-        return False
-
-    def output_schema(self, schema: pa.Schema | None) -> pa.Schema | None:
-        """Schema of the partial results; raises `PlanError` if the rows cannot be aggregated so."""
-        return None if schema is None else _of_rows(self, schema, "window").schema
-
-    def build(self) -> Operator:
-        return CombineOperator(self)
-
-
-def _of_rows(factory: WindowAggregate | LocalCombine, schema: pa.Schema, step: str) -> Preaggregation:
-    time_type = check_event_time(schema, factory.event_time, step=step)
-    return Preaggregation.of_rows(factory.keys, factory.aggregates, schema, time_type)
-
-
-class Combiner:
-    """Rows to partial results. Grouping is skipped for a while when keys hardly repeat within a batch.
-
-    Grouping 65,536 distinct keys costs more than it saves: the receiver has to group them anyway. So when more than
-    ``KEPT_ROWS`` of the rows remain, the next ``SKIPPED_BATCHES`` batches are passed on as single-row partial
-    results. Which way a batch goes changes nothing in the result.
-    """
-
-    KEPT_ROWS: Final = 0.8
-    SKIPPED_BATCHES: Final = 15
-
-    def __init__(self, preaggregation: Preaggregation) -> None:
-        self._preaggregation = preaggregation
-        self._to_skip = 0
-
-    def combine(self, batch: pa.RecordBatch, times_us: pa.Array, starts: Int64Array | int) -> pa.Table:
-        if self._to_skip > 0:
-            self._to_skip -= 1
-            return self._preaggregation.singles(batch, times_us, starts)
-        partials = self._preaggregation.combine_rows(batch, times_us, starts)
-        if partials.num_rows > self.KEPT_ROWS * batch.num_rows:
-            self._to_skip = self.SKIPPED_BATCHES
-        return partials
-
-
-class CombineOperator(Operator):
-    """See `LocalCombine`."""
-
-    def __init__(self, factory: LocalCombine) -> None:
-        self._factory = factory
-        self._combiner: Combiner | None = None
-
-    def open(self, ctx: OperatorContext, out: Output) -> None:
-        Operator.open(self, ctx, out)
-        self._reader = EventTimeReader(self._factory.event_time, on_error=self._factory.on_error, where=str(ctx))
-
-    @property
-    def skipped_rows(self) -> int:
-        """Rows dropped for a null event time."""
-        return self._reader.skipped_rows
-
-    def process(self, batch: pa.RecordBatch, input_index: int) -> None:
-        batch, times, earliest, latest = self._reader.read(batch)
-        if batch.num_rows == 0:
-            return
-        starts = _window_starts(self._factory.spec, times, earliest, latest)
-        try:
-            if self._combiner is None:
-                self._combiner = Combiner(_of_rows(self._factory, batch.schema, "window"))
-            partials = self._combiner.combine(batch, times, starts)
-        except UNLOCATED as error:
-            raise located(error, self.ctx) from error
-        for partial in partials.to_batches():
-            self.out.emit(partial)
-
-
-def _window_starts(spec: Tumbling, times: pa.Array, earliest: int, latest: int) -> Int64Array | int:
-    """The window start of every row, or one for all, which is the common case and makes grouping cheaper."""
-    first = spec.start_of(earliest)
-    return first if spec.start_of(latest) == first else spec.starts_of(times.to_numpy())
 
 
 @dataclass(slots=True)
@@ -248,7 +130,7 @@ class WindowOperator(Operator):
         batch, times, earliest, latest = self._reader.read(batch)
         if batch.num_rows == 0:
             return
-        starts = _window_starts(self._spec, times, earliest, latest)
+        starts = self._spec.window_starts(times, earliest, latest)
         if self._closed(self._spec.start_of(earliest)):
             late = self._late(starts, batch.num_rows)
             self.counters.late_rows += int(late.sum())
@@ -263,7 +145,7 @@ class WindowOperator(Operator):
         low, high = (starts, starts) if isinstance(starts, int) else (int(starts.min()), int(starts.max()))
         try:
             if not batch.schema.equals(self._bound_to):
-                self._bind(_of_rows(self._factory, batch.schema, "window"))
+                self._bind(self._factory.plan(batch.schema))
                 self._bound_to = batch.schema
             assert self._plan is not None
             assert self._runs is not None
@@ -402,8 +284,8 @@ def _brief(schema: pa.Schema) -> str:
 
 __all__ = [
     "LATE",
-    "MAX_WATERMARK",
     "CombineOperator",
+    "Combiner",
     "LocalCombine",
     "Tumbling",
     "WindowAggregate",
