@@ -23,6 +23,10 @@ from rayflow.operators.sources.schemas import conform, describe, difference, pla
 SPLIT_ROWS = 1_000_000
 """Row groups are taken together until a split has so many rows: enough work for one hand-out, little to redo."""
 _FOOTER_THREADS = 16
+BATCH_ROWS_MAX = 262_144
+BATCH_BYTES = 8 * 1024 * 1024
+"""Large batches make pre-aggregation before an exchange worth more: 20 M rows by 10,100 keys cost 0.98 s of processor
+time in batches of 65,536 rows and 0.74 s in batches of 262,144."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +40,14 @@ class ParquetSource(Source):
     paths: Paths
     _: KW_ONLY
     columns: Sequence[str] | None = None
-    batch_rows: int = 65_536
+    batch_rows: int | None = None
+    """Rows of a batch; None: up to `BATCH_ROWS_MAX`, fewer where rows are wide."""
     storage_options: Mapping[str, Any] = field(default_factory=dict)
     _cache: dict[str, pa.Schema] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "paths", normalise(self.paths))
-        if self.batch_rows < 1:
+        if self.batch_rows is not None and self.batch_rows < 1:
             raise ConfigError(f"read_parquet(batch_rows) must be at least 1, got {self.batch_rows}")
         if self.columns is not None:
             object.__setattr__(self, "columns", tuple(self.columns))
@@ -130,6 +135,14 @@ def _footer(url: str, options: Mapping[str, Any]) -> pq.FileMetaData:
         return file.metadata
 
 
+def _batch_rows(meta: pq.FileMetaData, columns: Sequence[str] | None) -> int:
+    """Rows of about `BATCH_BYTES`, by the sizes in the footer."""
+    rows = sum(meta.row_group(i).num_rows for i in range(meta.num_row_groups))
+    size = sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
+    share = 1.0 if columns is None else len(columns) / max(1, len(meta.schema.to_arrow_schema()))
+    return max(1, min(BATCH_ROWS_MAX, int(BATCH_BYTES * rows / max(1.0, size * share))))
+
+
 class _ParquetReader(SplitReader):
     """Opens its file at the first poll. Row groups before the position are skipped without being read."""
 
@@ -186,7 +199,10 @@ class _ParquetReader(SplitReader):
         columns = None if self._source.columns is None else list(self._source.columns)
         # One thread: parallelism comes from the subtasks, and a pool shared by them would only hide what each costs.
         batches = file.iter_batches(
-            self._source.batch_rows, row_groups=range(group, self._last), columns=columns, use_threads=False
+            self._source.batch_rows or _batch_rows(file.metadata, columns),
+            row_groups=range(group, self._last),
+            columns=columns,
+            use_threads=False,
         )
         for batch in batches:
             if skip >= batch.num_rows:
