@@ -286,6 +286,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _on_ray(
     flow: rf.Flow, checkpoints: rf.CheckpointConfig, target: Path, console: Console, *, kill: bool
 ) -> rf.JobResult:
+    # A Ray of its own, even if one runs: the worker to be killed must be a process of this machine.
+    os.environ.setdefault("RAY_ADDRESS", "local")
     job = flow.submit(parallelism=2, checkpoints=checkpoints)
     console.print("running on Ray; each batch is paced so that there is a middle\n")
     if not kill:

@@ -65,7 +65,7 @@ def wait_with_progress(
             console.print("interrupted: the job was cancelled", highlight=False)
         raise
     if shown:
-        console.print(summary(result, clock() - began), highlight=False)
+        console.print(summary(result, clock() - began), highlight=False, soft_wrap=True)
     return result
 
 
@@ -100,18 +100,18 @@ class Meter:
         return max(0, last.rows - first.rows) / (last.at - first.at) if last.at > first.at else 0.0
 
     def line(self) -> str:
-        """``running · 120,000 rows · 40,000 rows/s · event time … · checkpoint 7, 0.4 s ago · 1 restart``."""
+        """``running · 120,000 rows · 40,000 rows/s · at 2013-04-21 03:00 · checkpoint 7 (0.4 s ago)``, and so on."""
         status = self._status
         if status is None:
             return "starting"
         parts = [status.state, f"{status.rows_in:,} rows", f"{self.rows_per_s:,.0f} rows/s"]
         if status.watermark_us is not None:
-            parts.append(f"event time {event_time_text(status.watermark_us)}")
+            parts.append(f"at {event_time_text(status.watermark_us)}")
         if status.last_checkpoint is None:
             parts.append("no checkpoint yet")
         else:
             seen = self._checkpoint_seen
-            ago = "" if seen is None else f", {self._now - seen:.1f} s ago"
+            ago = "" if seen is None else f" ({self._now - seen:.1f} s ago)"
             parts.append(f"checkpoint {status.last_checkpoint}{ago}")
         if status.restarts:
             parts.append(_restarts(status.restarts))
@@ -121,13 +121,13 @@ class Meter:
 
 
 def event_time_text(time_us: int) -> str:
-    """Microseconds since the epoch as UTC to the second; ``start`` and ``end`` for the ends of all time."""
+    """Microseconds since the epoch as UTC to the minute; ``start`` and ``end`` for the ends of all time."""
     if time_us >= MAX_WATERMARK:
         return "end"
     if time_us <= MIN_WATERMARK:
         return "start"
     try:
-        return f"{_EPOCH + timedelta(microseconds=time_us):%Y-%m-%d %H:%M:%S}"
+        return f"{_EPOCH + timedelta(microseconds=time_us):%Y-%m-%d %H:%M}"
     except OverflowError:
         return f"{time_us} us"
 

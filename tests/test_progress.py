@@ -108,9 +108,7 @@ def test_the_line_tells_rates_event_time_and_the_age_of_the_checkpoint() -> None
     assert meter.line() == "running · 1,000 rows · 0 rows/s · no checkpoint yet"
     meter.observe(status(rows_in=5000, last_checkpoint=3, watermark_us=1_357_034_400_000_000), 12.0)
     meter.observe(status(rows_in=5000, last_checkpoint=3, watermark_us=1_357_034_400_000_000), 12.5)
-    assert meter.line() == (
-        "running · 5,000 rows · 1,600 rows/s · event time 2013-01-01 10:00:00 · checkpoint 3, 0.5 s ago"
-    )
+    assert meter.line() == ("running · 5,000 rows · 1,600 rows/s · at 2013-01-01 10:00 · checkpoint 3 (0.5 s ago)")
 
 
 def test_a_restart_does_not_make_the_rate_negative() -> None:
@@ -133,10 +131,10 @@ def test_the_rate_is_that_of_the_last_seconds() -> None:
 @pytest.mark.parametrize(
     ("time_us", "text"),
     [
-        (0, "1970-01-01 00:00:00"),
+        (0, "1970-01-01 00:00"),
         (MAX_WATERMARK, "end"),
         (MIN_WATERMARK, "start"),
-        (-1, "1969-12-31 23:59:59"),
+        (-1, "1969-12-31 23:59"),
         (2**62, f"{2**62} us"),
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import click
 
@@ -29,9 +29,9 @@ def as_json(command: F) -> F:
     return option(command)
 
 
-def print_json(value: object) -> None:
+def print_json(value: object, out: TextIO | None = None) -> None:
     """One JSON document; what JSON has no type for is written as text."""
-    click.echo(json.dumps(value, indent=1, default=str, ensure_ascii=False))
+    click.echo(json.dumps(value, indent=1, default=str, ensure_ascii=False), file=out)
 
 
 def _pairs(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:

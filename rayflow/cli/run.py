@@ -54,21 +54,23 @@ def run(
     """Run the flow of FILE.py to its end."""
     if url is None and (interval is not None or storage_options):
         raise click.UsageError("--interval and --storage-option speak of checkpoints; add --checkpoints URL")
-    # Whatever the user's code prints must not get between the braces of a JSON result.
-    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        checkpoints = (
-            None
-            if url is None
-            else CheckpointConfig(url, interval=interval or "10s", storage_options=dict(storage_options))
-        )
-        flow = load_flow(target)
-        began = time.monotonic()
-        result = flow.run(
-            parallelism=parallelism, checkpoints=checkpoints, config=JobConfig(state=state), local=local, start=start
-        )
-        seconds = time.monotonic() - began
+    out = sys.stdout
     if as_json:
-        print_json(_result_json(result, seconds))
+        # What user code prints must not get between the braces; on Ray it comes late, up to the end of this process.
+        sys.stdout = sys.stderr
+    checkpoints = (
+        None
+        if url is None
+        else CheckpointConfig(url, interval=interval or "10s", storage_options=dict(storage_options))
+    )
+    flow = load_flow(target)
+    began = time.monotonic()
+    result = flow.run(
+        parallelism=parallelism, checkpoints=checkpoints, config=JobConfig(state=state), local=local, start=start
+    )
+    seconds = time.monotonic() - began
+    if as_json:
+        print_json(_result_json(result, seconds), out)
         return
     for name, table in result.tables.items():
         _print_rows(name, table.slice(0, SHOWN_ROWS).to_pylist(), table.schema.names, table.num_rows)
