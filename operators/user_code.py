@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from rayflow.errors import ConfigError, RayflowError, UserCodeError
+from rayflow.errors import ConfigError, RayflowError, SchemaChangedError, UserCodeError
 from rayflow.operators.base import Operator, OperatorContext, Output
 
 Row = dict[str, Any]
@@ -146,12 +146,16 @@ class UserCodeOperator(Operator):
         if batch.schema.names != expected.names or batch.schema.types != expected.types:
             if batch.num_rows == 0 and not self._promised:
                 return batch
-            raise UserCodeError(
+            raise self._misfit(
                 f"{self.ctx}: the function {self._name} returned columns {_brief(batch.schema)}, expected "
                 f"{_brief(expected)} ({'its schema=' if self._promised else 'as in its first output'}); "
                 "return these columns or pass the right schema="
             )
         return pa.RecordBatch.from_arrays(batch.columns, schema=expected)
+
+    def _misfit(self, message: str) -> UserCodeError:
+        """Where the first output decided the schema, a restart would forget it: that ends the job."""
+        return (UserCodeError if self._promised or self._schema is None else SchemaChangedError)(message)
 
 
 class MapBatchesOperator(UserCodeOperator):
@@ -215,7 +219,7 @@ class MapBatchesOperator(UserCodeOperator):
                 arrays = [_array(columns[f.name], f.type) for f in expected]
                 return pa.RecordBatch.from_arrays(arrays, schema=expected)
             except (pa.ArrowException, TypeError, ValueError) as error:
-                raise UserCodeError(
+                raise self._misfit(
                     f"{self.ctx}: the function {self._name} returned a dict that does not fit "
                     f"{_brief(expected)}: {error}"
                 ) from error
@@ -270,7 +274,7 @@ class RowOperator(UserCodeOperator):
             arrays = [pa.array([row.get(name) for row in rows]) for name in names]
         except (pa.ArrowException, TypeError, ValueError) as error:
             wanted = "columns of one type each" if expected is None else _brief(expected)
-            raise UserCodeError(
+            raise self._misfit(
                 f"{self.ctx}: the function {self._name} returned rows that do not fit {wanted}: {error}; "
                 "return such values or pass schema="
             ) from error

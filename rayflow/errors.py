@@ -37,6 +37,13 @@ class UserCodeError(RayflowError):
     """A user function raised or returned something else than it promised; the cause is chained."""
 
 
+class SchemaChangedError(UserCodeError, DataError):
+    """Rows of another schema than those before them, where the first rows had decided it.
+
+    Ends the job at once: after a restart the wrong rows would be the first, and then nothing would be wrong any more.
+    """
+
+
 class StorageError(RayflowError):
     """Checkpoint storage could not do what was asked; nothing committed is lost."""
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from rayflow.core.ids import CheckpointId
 from rayflow.core.manifest import Json
-from rayflow.errors import DataError, StorageError
+from rayflow.errors import DataError, SchemaChangedError, StorageError
 from rayflow.operators.base import FrozenState, OperatorContext, SinkOperator
 from rayflow.operators.sources.schemas import conform, describe, difference, plain, same_columns
 
@@ -247,7 +247,7 @@ class FileSinkOperator(SinkOperator):
         if self._schema is None:
             self._schema = got
         elif not same_columns(got, self._schema):
-            raise DataError(
+            raise SchemaChangedError(
                 f"{self.ctx} cannot write batches of two schemas to one output: {difference(self._schema, got)}; "
                 f"expected {describe(self._schema)}, got {describe(got)}; cast them alike before the sink"
             )

@@ -7,6 +7,7 @@ them, do one unit of work. One event is one batch or one control element: Python
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -62,6 +63,7 @@ from rayflow.errors import (
     KeyHashError,
     PlanError,
     ProtocolError,
+    SchemaChangedError,
     StateTooLargeError,
     StorageError,
     UserCodeError,
@@ -91,8 +93,9 @@ from rayflow.runtime.uploads import Uploads
 BROKEN_GRACE_S = 3.0
 """A broken channel is usually the shadow of a death that the coordinator hears of first; after this it is a failure."""
 IDLE_POLL_S = 0.005
-FATAL = (CommitLostError, CorruptCheckpointError, PlanError, StateTooLargeError, ProtocolError)
+FATAL = (CommitLostError, CorruptCheckpointError, PlanError, ProtocolError, SchemaChangedError, StateTooLargeError)
 """Errors that another attempt cannot mend."""
+_NAMES_SUBTASK = re.compile(r"step '[^']*' subtask \d+/\d+")
 
 
 class Phase(Enum):
@@ -124,9 +127,10 @@ def cause_of(error: BaseException, *, where: str, position: str = "", fatal: tup
     while isinstance(root, UserCodeError) and root.__cause__ is not None:
         root = root.__cause__
     repeatable = isinstance(error, UserCodeError | DataError | ExpressionError)
-    text = str(error) or type(error).__name__
+    # User code and libraries raise messages of several lines; the traceback keeps them as they are.
+    text = " ".join(line.strip() for line in str(error).splitlines()) or type(error).__name__
     return FailureCause(
-        message=text if where in text else f"{where}: {text}",
+        message=text if where in text or _NAMES_SUBTASK.match(text) else f"{where}: {text}",
         kind=type(error).__name__ if root is error else f"{type(error).__name__}({type(root).__name__})",
         position=position if repeatable else "",
         traceback="".join(traceback.format_exception(error)),
