@@ -18,6 +18,7 @@ from rayflow.errors import (
 from rayflow.expressions import Expr, coalesce, col, lit, when
 from rayflow.flow import Flow
 from rayflow.operators.aggregates import count, first, last, max, mean, min, stddev, sum
+from rayflow.operators.base import Source
 from rayflow.operators.windows import tumbling
 from rayflow.runtime.results import JobResult, JobStatus, SubtaskInfo
 from rayflow.stream import (
@@ -52,6 +53,7 @@ __all__ = [
     "PlanError",
     "RayflowError",
     "Restart",
+    "Source",
     "StorageError",
     "Stream",
     "SubtaskInfo",

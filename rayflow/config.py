@@ -93,6 +93,8 @@ class Restart:
     def exponential(
         *, initial: Duration = "1s", factor: float = 1.5, max: Duration = "1m", reset_after: Duration = "5m"
     ) -> Restart:
+        """Wait ``initial``, then ``factor`` times as long each time, up to ``max``; begin anew after ``reset_after``
+        without a failure."""
         return Restart(
             "exponential",
             duration_us(initial) / 1e6,
@@ -103,10 +105,12 @@ class Restart:
 
     @staticmethod
     def fixed(*, delay: Duration = "1s", max_attempts: int | None = 10) -> Restart:
+        """Wait ``delay`` before each restart; give up after ``max_attempts``."""
         return Restart("fixed", duration_us(delay) / 1e6, max_attempts=max_attempts)
 
     @staticmethod
     def none() -> Restart:
+        """The first failure ends the job."""
         return Restart("none")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
@@ -102,8 +101,7 @@ class Flow:
         job = self.submit(parallelism=parallelism, checkpoints=checkpoints, config=config, start=start)
         from rayflow.progress import wait_with_progress
 
-        shown = sys.stderr.isatty() if progress is None else progress
-        return wait_with_progress(job) if shown else job.wait()
+        return wait_with_progress(job, show=progress is not False)
 
     def submit(
         self,

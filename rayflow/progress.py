@@ -37,14 +37,19 @@ class Waitable(Protocol):
 
 
 def wait_with_progress(
-    job: Waitable, *, console: Console | None = None, clock: Callable[[], float] = time.monotonic
+    job: Waitable,
+    *,
+    show: bool = True,
+    console: Console | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> JobResult:
-    """The result of ``job``, as `Job.wait` gives it; progress goes to ``console`` (default: standard error).
+    """The result of ``job``, as `Job.wait` gives it; progress goes to ``console`` (default: standard error) if that is
+    a terminal and ``show`` is true.
 
     Raises what `Job.wait` raises, and `KeyboardInterrupt` on Ctrl-C after the job was told to cancel.
     """
     console = console or Console(stderr=True)
-    shown = console.is_terminal
+    shown = show and console.is_terminal
     began, meter, line = clock(), Meter(), Text("starting")
     live: AbstractContextManager[Live | None] = (
         Live(line, console=console, transient=True, refresh_per_second=8) if shown else nullcontext()

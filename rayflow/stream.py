@@ -178,6 +178,7 @@ class Stream:
         return self._step("rename", Rename(dict(columns)), detail=detail, name=name, event_time=event_time)
 
     def drop(self, *columns: str, name: str | None = None) -> Stream:
+        """All columns but these."""
         return self._step("drop", Drop(columns), detail=", ".join(columns), name=name)
 
     def union(self, *others: Stream, name: str | None = None) -> Stream:

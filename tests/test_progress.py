@@ -82,6 +82,12 @@ def test_what_is_no_terminal_sees_nothing_and_nobody_polls() -> None:
     assert job.asked == 0
 
 
+def test_a_terminal_sees_nothing_when_nothing_is_to_be_shown() -> None:
+    screen, out = console(terminal=True)
+    assert wait_with_progress(ScriptedJob(3, RESULT), show=False, console=screen) is RESULT
+    assert out.getvalue() == ""
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_control_c_cancels_the_job_and_goes_on(terminal: bool) -> None:
     screen, out = console(terminal=terminal)
