@@ -8,7 +8,8 @@ there is hardly more than one run for each ``SMALL_ROWS`` rows. Runs are never c
 tuple of references.
 
 Tried and left: a cascade of merged runs of doubling size. It bounds the runs by a logarithm, but merges every row a
-logarithmic number of times: at 65,536-row batches of distinct keys in one window 1.6 instead of 4.5 M rows/s.
+logarithmic number of times: taking in 7.9 M distinct keys of one window, batch by batch of 65,536, ran at 1.5 M rows/s
+on one core, this at 5.6 to 7.8 (both before the last merge, when the window fires).
 """
 
 from __future__ import annotations
