@@ -13,6 +13,7 @@ import ray
 from rayflow.cluster.coordinator_actor import LINGER_S, CoordinatorActor
 from rayflow.cluster.deploy import check_cluster, connect
 from rayflow.cluster.package import JobPackage, pack, slices_of
+from rayflow.cluster.processes import reason_of
 from rayflow.cluster.view import CoordinatorInfo, Ended
 from rayflow.config import CheckpointConfig, JobConfig
 from rayflow.core.events import JobState
@@ -238,7 +239,7 @@ class Job:
 
     def _ask(self, method: str, *args: Any) -> Any:
         """Call the coordinator; while Ray is starting it again, wait for it."""
-        last: Exception | None = None
+        last: Exception = TimeoutError()
         for _ in _patiently(COORDINATOR_PATIENCE_S):
             try:
                 return ray.get(getattr(self._actor, method).remote(*args))
@@ -247,7 +248,7 @@ class Job:
                 if not self._exists():
                     break
         raise ClusterError(
-            f"the coordinator of job {self.name} is gone: {last}; an outcome that nobody has read is kept for "
+            f"the coordinator of job {self.name} is gone: {reason_of(last)}; an outcome that nobody has read is kept for "
             f"{LINGER_S:g} s and given once. Run the flow again: it goes on from its newest checkpoint"
         ) from last
 

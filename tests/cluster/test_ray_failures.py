@@ -15,7 +15,7 @@ import rayflow as rf
 from rayflow.cluster.job import running_jobs
 from tests.cluster import flows
 from tests.cluster.conftest import CPUS
-from tests.cluster.ray_harness import running, subtask_processes, until
+from tests.cluster.ray_harness import running, until
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 
@@ -46,13 +46,12 @@ def test_a_function_that_raises_three_times_at_one_place_ends_the_job_with_its_c
     assert isinstance(caught.value.__cause__, rf.UserCodeError)
     assert "in careless" in caught.value.__cause__.__notes__[0]
     assert job.status().restarts == 2
-    assert subtask_processes() == [] or until(lambda: not subtask_processes(), "processes are gone") is None
 
 
 def test_a_batch_of_another_schema_names_step_expected_and_got(gate: Path) -> None:
     gate.touch()
     flow = mapped(gate, lambda batch: pa.record_batch([pa.array(["x"] * batch.num_rows)], names=["v"]))
-    with pytest.raises(rf.JobFailedError, match=r"careless.*int64.*string"):
+    with pytest.raises(rf.JobFailedError, match=r"careless.*returned columns {v: string}, expected {v: int64}"):
         flow.submit(parallelism=1, config=SOON).wait(60)
 
 
@@ -108,7 +107,7 @@ def test_a_stranger_at_the_port_of_a_subtask_is_refused(tmp_path: Path, gate: Pa
         for connection in psutil.Process(info.pid).net_connections(kind="tcp"):
             if connection.status != psutil.CONN_LISTEN:
                 continue
-            client = flight.FlightClient(f"grpc://{connection.laddr.ip}:{connection.laddr.port}")
+            client = flight.FlightClient(f"grpc://[{connection.laddr.ip}]:{connection.laddr.port}")
             with pytest.raises(pa.ArrowException) as caught:
                 list(client.list_flights(options=flight.FlightCallOptions(timeout=5)))
             refused += isinstance(caught.value, flight.FlightUnauthenticatedError)
