@@ -1,7 +1,8 @@
 """How many seeds of the deterministic simulator are clean, and how long they take.
 
-`python -m benchmarks.simulator [--seeds 2000] [--start 0] [--jobs N]`. A seed is one whole job with drawn crashes, storage
-faults and schedule; it is clean when its committed output equals that of a run without faults and no rule was broken.
+`python -m benchmarks.simulator [--seeds 2000] [--start 0] [--jobs N]`. A seed is one whole job with drawn crashes,
+storage faults and schedule; it is clean when its committed output equals that of a run without faults and no rule was
+broken.
 """
 
 from __future__ import annotations

@@ -33,6 +33,10 @@ class FaultBudget:
     target_faults: int = 0
     lost_notices: int = 0
     late_writes: int = 0
+    savepoints: int = 0
+    """Checkpoints and savepoints that a user asks for; no fault, but as untimely."""
+    stops: int = 0
+    """How often the job is stopped with a savepoint and started again, at another parallelism."""
     crash_horizon: int = 1500
     """Upper bound of the number of port calls between two crashes; what is drawn is log-uniform below it."""
 
@@ -49,6 +53,8 @@ class FaultBudget:
             target_faults=some(0.3, 4),
             lost_notices=some(0.3, 4),
             late_writes=some(0.25, 2),
+            savepoints=some(0.2, 3),
+            stops=some(0.25, 2),
             crash_horizon=rng.choice((60, 400, 2500)),
         )
 

@@ -50,6 +50,8 @@ class Scenario:
     inline_max_bytes: int
     targets: tuple[Target, ...]
     expected: tuple[Counter[Row], ...]
+    plan_again: Plan | None = None
+    """The same flow at another parallelism: what a stopped job goes on with."""
 
 
 def draw_rows(rng: Random, count: int, *, keys: int, delay_us: int) -> list[InputRow]:
@@ -223,4 +225,5 @@ def draw(seed_rng: Random, faults: Faults, new_target: Callable[[], Target], mod
         inline_max_bytes=rng.choice((0, 0, 4096)),
         targets=tuple(d.targets),
         expected=tuple(d.expected),
+        plan_again=build_plan("sim", d.sinks, parallelism=rng.randint(1, 4), max_parallelism=max_parallelism),
     )

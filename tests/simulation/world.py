@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from random import Random
 from typing import Any
 
 from rayflow.core.coordinator import CoordinatorSettings
-from rayflow.core.events import CoordinatorEvent, JobState, TakeSnapshot
+from rayflow.core.events import CheckpointRequested, CoordinatorEvent, JobState, TakeSnapshot
 from rayflow.core.ids import Attempt, ChannelId, CheckpointId, SubtaskId
-from rayflow.core.messages import CommandEnvelope, Complete, Data, Element, ReportEnvelope
+from rayflow.core.messages import CheckpointKind, CommandEnvelope, Complete, Data, Element, ReportEnvelope
 from rayflow.plan import Plan
 from rayflow.runtime.coordinator_loop import CoordinatorRuntime
 from rayflow.runtime.inprocess import CoordinatorSide, Slot, SubtaskSide, World
@@ -139,6 +140,7 @@ class SimWorld(World):
             (self._coordinator_task, rng.choice((0.2, 1.0))),
             (self._coordinator_tick, 0.5),
             (self._restart_coordinator, 0.5),
+            (self._request, 0.03),
             (self._pass_time, rng.choice((0.3, 1.0))),
         ]
         total = 0.0
@@ -238,7 +240,7 @@ class SimWorld(World):
         count = len(self._choices)
         for offset in range(count):
             choice = self._choices[(at + offset) % count][0]
-            if choice == self._pass_time and offset:
+            if offset and choice in (self._pass_time, self._request):
                 continue
             if choice():
                 return
@@ -347,6 +349,35 @@ class SimWorld(World):
         self.coordinator = self._new_coordinator()
         self._in_coordinator(self.coordinator.start)
         return True
+
+    def _request(self) -> bool:
+        """A user asks for a checkpoint, a savepoint or a stop."""
+        budget = self.faults.budget
+        if self.coordinator_down or self.coordinator.machine.state is not JobState.RUNNING:
+            return False
+        if budget.savepoints > 0:
+            budget.savepoints -= 1
+            kind = self.rng.choice((CheckpointKind.PERIODIC, CheckpointKind.SAVEPOINT))
+        elif budget.stops > 0:
+            budget.stops -= 1
+            kind = CheckpointKind.STOP
+        else:
+            return False
+        self.faults.count(f"request {kind.value}")
+        self.note("request", kind)
+        self.coordinator_inbox.append(CheckpointRequested(kind))
+        return True
+
+    def run_again(self, plan: Plan) -> None:
+        """The job was stopped; a new run of the same flow, at whatever parallelism, goes on from storage."""
+        self.note("RUN AGAIN", plan.topology().parallelism)
+        self._plan = plan
+        self._spec = replace(self._spec, plan=plan)
+        self.slots.clear()
+        self.coordinator_inbox.clear()
+        self.coordinator_tasks.clear()
+        self._draw_schedule()
+        self.coordinator_down = True
 
     def _pass_time(self) -> bool:
         self.clock.advance_to(self.clock.now + self.rng.expovariate(1.0) * self._mean_wait_s)
