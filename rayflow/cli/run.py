@@ -16,26 +16,31 @@ from rayflow.cli.options import as_json, print_json, storage_options
 from rayflow.config import CheckpointConfig, JobConfig
 from rayflow.progress import summary
 from rayflow.runtime.results import JobResult
+from rayflow.runtime.stores import Start
 
 SHOWN_ROWS = 20
 
 _parallelism = click.option(
-    "-p", "--parallelism", type=click.IntRange(min=1), help="Subtasks of each step; default: the cores there are."
+    "-p",
+    "--parallelism",
+    type=click.IntRange(min=1),
+    help="Subtasks of each step; default: one a core on Ray, 1 elsewhere.",
 )
 
 
 @click.command()
-@click.argument("target", type=TargetType())
+@click.argument("target", type=TargetType(), metavar="FILE.py[:flow]")
 @_parallelism
 @click.option("--checkpoints", "url", metavar="URL", help="Folder or s3:// URL to keep checkpoints in.")
 @click.option("--interval", metavar="DURATION", help="Time between checkpoints, as 500ms or 10s; default 10s.")
 @click.option("--state", type=click.Choice(["fs", "memory"]), help="Where snapshots go; default: fs with a URL.")
 @click.option(
     "--start",
-    type=click.Choice(["latest", "fresh"]),
     default="latest",
     show_default=True,
-    help="Go on from the newest checkpoint, or refuse a folder that has any.",
+    metavar="latest|fresh|N",
+    callback=lambda ctx, param, value: _start(value, param, ctx),
+    help="Go on from the newest checkpoint, refuse a folder that has any, or go back to checkpoint N.",
 )
 @click.option("--local", is_flag=True, help="In this process, without Ray.")
 @storage_options
@@ -46,7 +51,7 @@ def run(
     url: str | None,
     interval: str | None,
     state: Literal["fs", "memory"] | None,
-    start: Literal["latest", "fresh"],
+    start: Start,
     local: bool,
     storage_options: dict[str, str],
     as_json: bool,
@@ -79,7 +84,7 @@ def run(
 
 
 @click.command()
-@click.argument("target", type=TargetType())
+@click.argument("target", type=TargetType(), metavar="FILE.py[:flow]")
 @click.option("--mermaid", is_flag=True, help="A Mermaid flowchart instead of text.")
 @_parallelism
 def explain(target: Target, mermaid: bool, parallelism: int | None) -> None:
@@ -88,6 +93,15 @@ def explain(target: Target, mermaid: bool, parallelism: int | None) -> None:
         flow = load_flow(target)
     tell = flow.to_mermaid if mermaid else flow.explain
     click.echo(tell(parallelism=parallelism or 1))
+
+
+def _start(value: str, param: click.Parameter, ctx: click.Context) -> Start:
+    words: dict[str, Start] = {"latest": "latest", "fresh": "fresh"}
+    if value in words:
+        return words[value]
+    if value.isdecimal():
+        return int(value)
+    raise click.BadParameter(f"expected latest, fresh or the number of a checkpoint, got {value!r}", ctx, param)
 
 
 def _result_json(result: JobResult, seconds: float) -> dict[str, object]:

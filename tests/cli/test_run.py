@@ -77,6 +77,19 @@ def test_a_run_continues_from_its_checkpoints_or_refuses(file: Path, tmp_path: P
     assert 'start="latest" to go on' in one_sentence(refused, 1)
 
 
+def test_a_run_goes_back_to_a_checkpoint_by_number(file: Path, tmp_path: Path) -> None:
+    url = tmp_path / "checkpoints"
+    first = json.loads(rayflow("run", file, "--local", "--json", "--checkpoints", url, "--interval", "2ms").stdout)
+    back = first["checkpoint"] - 1
+    again = rayflow("run", file, "--local", "--json", "--checkpoints", url, "--start", str(back))
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout)["tables"] == first["tables"]
+    wrong = rayflow("run", file, "--local", "--checkpoints", url, "--start", "yesterday")
+    assert "expected latest, fresh or the number" in one_sentence(wrong, 2)
+    gone = rayflow("run", file, "--local", "--checkpoints", url, "--start", "12345")
+    assert "12345" in one_sentence(gone, 1)
+
+
 def test_state_in_memory_writes_no_checkpoint(file: Path, tmp_path: Path) -> None:
     result = rayflow("run", file, "--local", "--checkpoints", tmp_path / "c", "--state", "memory")
     assert result.exit_code == 0, result.output
