@@ -1,0 +1,352 @@
+"""Runs in a row on real Ray, each with SIGKILL at random moments; every output must be that of DuckDB, row for row.
+
+`python -m benchmarks.kill_runs [--local 30] [--s3 10] [--coordinator 5] [--seed S]`. A run is a job of parallelism 2
+(Parquet files -> tumbling windows by auction -> Parquet) with a checkpoint every 200 ms. The seed draws who is killed
+(one to three subtasks, in some runs the coordinator too) and when, as positions in the life of the job: so many
+checkpoints after the last recovery, while a checkpoint is under way, while the job recovers from the kill before, when
+its input has ended; then so many looks at its status. A step of user code holds the input back until the kills that
+need a running job are made, so no run depends on the speed of the machine.
+
+A run that fails says how to repeat it, and keeps its folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+
+import duckdb
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+
+import rayflow as rf
+from benchmarks.bids import make_bids
+from benchmarks.figures import emit
+from benchmarks.places import LocalPlace, Place, s3_place
+from rayflow.cluster.job import Job
+from rayflow.core import timeline
+from rayflow.operators.sources.parquet import ParquetSource
+
+PARALLELISM = 2
+ROWS = 1_000_000
+FILES = 8
+BATCH_ROWS = 2_000
+PAUSE_S = 0.05
+"""While the gate is closed each source takes so long for a batch: the input then lasts more than ten seconds."""
+WINDOW = "200ms"
+INTERVAL = "200ms"
+JOB = "kill-run"
+PATIENCE_S = 60.0
+MOST_LOOKS = 30
+
+
+class When(Enum):
+    """A position in the life of a job, counted from its last recovery."""
+
+    COMPLETED = "after so many checkpoints"
+    UNDER_WAY = "after so many checkpoints, while the next is under way"
+    RECOVERING = "while it recovers from the kill before"
+    INPUT_ENDED = "when all input has ended"
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    when: When
+    checkpoints: int
+    looks: int
+    """Looks at the status after that: the finer part of the position."""
+    victim: float
+    """In [0, 1): which of the living subtasks."""
+    coordinator: bool = False
+
+
+def draw_kills(rng: random.Random, *, coordinator: bool) -> list[Kill]:
+    """In the order in which they are made. The first needs a running job, at most the last waits for the end."""
+    kills = [_draw(rng, list(When)[:3] if i else list(When)[:2]) for i in range(rng.randint(1, 3))]
+    if coordinator:
+        leader = _draw(rng, list(When)[:2])
+        kills.insert(rng.randint(0, len(kills)), Kill(leader.when, leader.checkpoints, leader.looks, 0.0, True))
+    if len(kills) > 1 and rng.random() < 0.3:
+        last = kills[-1]
+        kills[-1] = Kill(When.INPUT_ENDED, 0, last.looks, last.victim, last.coordinator)
+    return kills
+
+
+def _draw(rng: random.Random, moments: Sequence[When]) -> Kill:
+    return Kill(rng.choice(moments), rng.randint(0, 3), rng.randint(0, MOST_LOOKS), rng.random())
+
+
+@dataclass(slots=True)
+class Run:
+    """What came of one run."""
+
+    seed: int
+    where: str
+    kills: list[str] = field(default_factory=list)
+    coordinator_kills: int = 0
+    restarts: int = 0
+    checkpoint: int = 0
+    identical: bool = False
+    leftovers: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    problem: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return self.identical and not self.leftovers and not self.problem and bool(self.kills)
+
+
+class Bids:
+    """The input as files, and what DuckDB makes of them."""
+
+    def __init__(self, folder: Path, rows: int = ROWS) -> None:
+        big = pa.concat_tables(pq.read_table(path) for path in make_bids(folder / "whole", rows))
+        self.files: list[str] = []
+        for i in range(FILES):
+            start, stop = i * rows // FILES, (i + 1) * rows // FILES
+            path = folder / f"bids-{i}.parquet"
+            pq.write_table(big.slice(start, stop - start), path, row_group_size=50_000)
+            self.files.append(str(path))
+        names = ", ".join("'" + name.replace("'", "''") + "'" for name in self.files)
+        self._con = duckdb.connect()
+        self._con.execute(
+            f"""create table expected as
+                select auction, time_bucket(interval {WINDOW.removesuffix("ms")} milliseconds, ts) as window_start,
+                       count(*) as n, sum(price)::bigint as total, max(price) as highest
+                from read_parquet([{names}]) group by all"""
+        ).fetchall()
+
+    def expected(self) -> pa.Table:
+        return self._con.sql("from expected").to_arrow_table()
+
+    def difference(self, output: pa.Table) -> str:
+        """Empty when the output has exactly the expected rows."""
+        self._con.register("output", output)
+        got = "select auction, window_start, n, total, highest from output"
+        both = self._con.execute(
+            f"""select (select count(*) from (({got}) except all (from expected))),
+                       (select count(*) from ((from expected) except all ({got})))"""
+        ).fetchall()
+        self._con.unregister("output")
+        more, fewer = both[0]
+        return "" if both == [(0, 0)] else f"{more} rows too many, {fewer} missing"
+
+
+class HoldBack:
+    """User code that lets batches through slowly until a file is there."""
+
+    def __init__(self, gate: str) -> None:
+        self._gate = gate
+        self._open = False
+
+    def __call__(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        self._open = self._open or os.path.exists(self._gate)
+        if not self._open:
+            time.sleep(PAUSE_S)
+        return batch
+
+
+def flow(bids: Bids, gate: Path, place: Place) -> rf.Flow:
+    source = ParquetSource(bids.files, columns=("auction", "price", "ts"), batch_rows=BATCH_ROWS)
+    windows = (
+        rf.read_source(source, event_time="ts", max_delay="0s", label="read_parquet")
+        .map_batches(HoldBack, fn_constructor_args=(str(gate),), schema=source.schema())
+        .key_by("auction")
+        .window(rf.tumbling(WINDOW))
+        .agg(n=rf.count(), total=rf.sum("price"), highest=rf.max("price"))
+    )
+    return rf.Flow(JOB, windows.write_parquet(place.out, storage_options=place.storage_options))
+
+
+def one_run(seed: int, place: Place, folder: Path, bids: Bids, *, where: str, coordinator: bool) -> Run:
+    """Never raises: what went wrong stands in the result."""
+    run = Run(seed, where)
+    began = time.monotonic()
+    gate = folder / "gate"
+    job: Job | None = None
+    try:
+        job = flow(bids, gate, place).submit(parallelism=PARALLELISM, checkpoints=place.checkpoints(INTERVAL))
+        for kill in draw_kills(random.Random(seed), coordinator=coordinator):
+            _make(kill, job, gate, run)
+        gate.touch()
+        result = job.wait(PATIENCE_S)
+        run.restarts, run.checkpoint = result.restarts, result.checkpoint or 0
+        difference = bids.difference(place.output())
+        run.identical = not difference
+        run.problem = difference
+        run.leftovers = place.leftovers(JOB)
+        if not run.kills:
+            run.problem = "nobody was killed"
+    except Exception as error:
+        run.problem = f"{type(error).__name__}: {error}"
+        traceback.print_exc()
+        if job is not None:
+            with contextlib.suppress(Exception):
+                _story(job)
+                job.cancel()
+    run.seconds = time.monotonic() - began
+    return run
+
+
+def _make(kill: Kill, job: Job, gate: Path, run: Run) -> None:
+    attempt = job.status().attempt
+    if kill.when is When.INPUT_ENDED:
+        gate.touch()
+        _until(lambda: _happened(job, timeline.INPUT_ENDED), job, "its input has ended")
+    elif kill.when is When.RECOVERING:
+        _until(lambda: job.status().state != "running" or job.status().attempt > attempt, job, "the kill is noticed")
+    else:
+        _until(lambda: job.status().state == "running", job, "it runs")
+        goal = (job.status().last_checkpoint or 0) + kill.checkpoints
+        _until(lambda: (job.status().last_checkpoint or 0) >= goal, job, f"checkpoint {goal} completes")
+        if kill.when is When.UNDER_WAY:
+            seen = _count(job, timeline.CHECKPOINT_TRIGGERED)
+            _until(lambda: _count(job, timeline.CHECKPOINT_TRIGGERED) != seen, job, "a checkpoint is triggered")
+    for _ in range(kill.looks):
+        job.status()
+    if _over(job):
+        return
+    if kill.coordinator:
+        leader = job.coordinator()
+        os.kill(leader.pid, signal.SIGKILL)
+        run.kills.append(f"coordinator {kill.when.name.lower()}")
+        run.coordinator_kills += 1
+        _until(lambda: job.coordinator().life != leader.life, job, "it has a new coordinator")
+    else:
+        victims = living(job)
+        if victims:
+            name, pid = victims[int(kill.victim * len(victims))]
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+                run.kills.append(f"{name} {kill.when.name.lower()}")
+
+
+def living(job: Job) -> list[tuple[str, int]]:
+    """(step and index, pid) of the subtasks whose process lives; a pid that was given away again is not among them."""
+    found = []
+    for subtask in job.subtasks():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(subtask.pid) if subtask.pid else None
+            if process and "SubtaskProcess" in "".join(process.cmdline()[:1]) and process.status() != "zombie":
+                found.append((f"{subtask.step.split(' ')[0]}/{subtask.index}", subtask.pid))
+    return found
+
+
+def _over(job: Job) -> bool:
+    return job.status().state in ("finished", "failed", "cancelled", "stopped")
+
+
+def _count(job: Job, what: str) -> int:
+    return sum(entry.what == what for entry in job.timeline())
+
+
+def _happened(job: Job, what: str) -> bool:
+    attempt = job.status().attempt
+    return any(entry.what == what and entry.attempt == attempt for entry in job.timeline())
+
+
+def _until(condition: Callable[[], bool], job: Job, what: str) -> None:
+    """Waits for the thing itself, or the end of the job."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition() and not _over(job):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {PATIENCE_S:g} s for {job}: {what}; it is {job.status()}")
+        time.sleep(0.002)
+
+
+def _story(job: Job) -> None:
+    for entry in job.timeline()[-40:]:
+        print(f"  {entry.at:12.3f} {entry.attempt} {entry.what}: {entry.detail[:200]}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def cluster(cpus: int = 8) -> Iterator[None]:
+    """A Ray of this process for all runs. More CPUs than the machine has: what is tried is the protocol."""
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def runs(local: int, s3: int, coordinator: int, seed: int, folder: Path) -> Iterator[Run]:
+    """One after another, on the Ray cluster of this process."""
+    bids = Bids(folder / "bids")
+    every = local // coordinator if coordinator else 0
+    for i in range(local):
+        own = folder / f"run-{i:03d}"
+        own.mkdir()
+        leads = every > 0 and i % every == 0 and i // every < coordinator
+        run = one_run(seed + i, LocalPlace(own), own, bids, where="local", coordinator=leads)
+        yield run
+        if run.ok:
+            shutil.rmtree(own)
+    if s3:
+        from tests.servers import seaweed
+
+        (folder / "weed").mkdir()
+        with seaweed(folder / "weed") as server:
+            for i in range(local, local + s3):
+                own = folder / f"run-{i:03d}"
+                own.mkdir()
+                yield one_run(seed + i, s3_place(server), own, bids, where="s3", coordinator=False)
+
+
+def told(run: Run) -> str:
+    verdict = "identical" if run.ok else f"FAILED ({run.problem or f'left behind: {run.leftovers[:5]}'})"
+    return (
+        f"{run.where:5} seed {run.seed}: {run.seconds:4.1f} s, killed {', '.join(run.kills) or 'nobody'}; "
+        f"{run.restarts} restarts, {run.checkpoint} checkpoints: {verdict}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--local", type=int, default=30)
+    parser.add_argument("--s3", type=int, default=10)
+    parser.add_argument("--coordinator", type=int, default=5, help="so many of the local runs lose it too")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="rayflow-kill-runs-"))
+    done: list[Run] = []
+    with cluster():
+        began = time.monotonic()
+        for run in runs(options.local, options.s3, options.coordinator, options.seed, folder):
+            done.append(run)
+            print(told(run), file=sys.stderr, flush=True)
+            if not run.ok:
+                again = f"--local {run.where == 'local':d} --s3 {run.where == 's3':d} --seed {run.seed}"
+                leads = f"--coordinator {run.coordinator_kills}"
+                print(f"  again: python -m benchmarks.kill_runs {again} {leads}; kept: {folder}", file=sys.stderr)
+        seconds = time.monotonic() - began
+    for where, bar in (("local", options.local), ("s3", options.s3)):
+        good = sum(run.identical for run in done if run.where == where)
+        if bar:
+            emit(f"kill runs identical to DuckDB, {where}", good, "runs", bar, good == bar)
+    left = sum(len(run.leftovers) for run in done)
+    leaders = sum(run.coordinator_kills for run in done)
+    emit("kills of subtasks", sum(len(run.kills) for run in done) - leaders, "kills")
+    emit("kills of coordinators", leaders, "kills", options.coordinator, leaders >= options.coordinator)
+    emit("kill runs: files left behind", left, "files", 0, left == 0)
+    emit("kill runs: all", round(seconds, 1), "s")
+    if all(run.ok for run in done):
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
