@@ -125,6 +125,10 @@ class CheckpointStore(CheckpointReader):
             next_attempt=Attempt(incarnation.number * ATTEMPTS_AN_INCARNATION + self._recoveries),
         )
 
+    def check_owner(self) -> None:
+        """Raises `FencedError` once a later coordinator has claimed the directory; for acts storage cannot guard."""
+        self._check_owned()
+
     def _take_number(self) -> int:
         number = max((parse_claim(path) or 0 for path, _ in self._store.list(COORDINATORS)), default=0) + 1
         while True:
@@ -260,7 +264,7 @@ class CheckpointStore(CheckpointReader):
 
     def _check_owned(self) -> None:
         if self._decision is None:
-            raise ProtocolError("only a coordinator that has claimed the directory may delete in it (rule C8)")
+            raise ProtocolError("only a coordinator that has claimed the directory may act on it (rule C8)")
         self._check_not_fenced()
 
 

@@ -233,11 +233,13 @@ class CoordinatorRuntime:
     def _recover_sinks(self, attempt: Attempt, manifest: Manifest | None) -> Callable[[], CoordinatorEvent]:
         def recover() -> CoordinatorEvent:
             try:
+                # Recovery removes what was prepared and is not named; that of a later run is not ours to remove.
+                self._store.check_owner()
                 for operator, committer in self._committers.items():
                     payloads = () if manifest is None else manifest.committables(operator)
                     committer.recover(payloads, fresh=manifest is None)
             except Exception as error:
-                return SinksFailed(attempt, cause_of(error, where="recovery of sinks", fatal=(DataError,)))
+                return SinksFailed(attempt, cause_of(error, where="recovery of sinks", fatal=(DataError, FencedError)))
             return SinksRecovered(attempt)
 
         return recover
