@@ -16,7 +16,7 @@ from rayflow.pushdown import push_projections
 from rayflow.runtime.coordinator_loop import MEMORY_STATE_BYTES, settings_of
 from rayflow.runtime.inprocess import World
 from rayflow.runtime.local import LocalDriver
-from rayflow.runtime.results import JobResult, collected
+from rayflow.runtime.results import JobResult, collected, metrics_of
 from rayflow.runtime.stores import Start, open_stores
 from rayflow.runtime.subtask_loop import JobSpec
 from rayflow.stream import Sink
@@ -172,5 +172,5 @@ def run_local(
         restarts=machine.restarts,
         tables=collected(plan, outcome.manifest, snapshots),
         timeline=machine.timeline,
-        metrics=dict(world.metrics),
+        metrics=metrics_of(world.coordinator, plan),
     )

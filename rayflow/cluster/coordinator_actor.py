@@ -23,9 +23,9 @@ import ray
 from rayflow.cluster.background import Background
 from rayflow.cluster.inbox import Inbox
 from rayflow.cluster.package import JobPackage, unpack
-from rayflow.cluster.processes import CLOSE_GRACE_S, ProcessEnded, Processes
+from rayflow.cluster.processes import CLOSE_GRACE_S, ProcessEnded, Processes, uncaught
 from rayflow.cluster.resources import cpus_per_subtask
-from rayflow.cluster.view import CoordinatorInfo, Ended, metrics_of, status_of, subtasks_of
+from rayflow.cluster.view import CoordinatorInfo, Ended, status_of, subtasks_of
 from rayflow.core.events import (
     CancelRequested,
     CheckpointRequested,
@@ -38,8 +38,9 @@ from rayflow.core.events import (
 from rayflow.core.ids import SubtaskId
 from rayflow.core.messages import CheckpointKind, CommandEnvelope, FailureCause, ReportEnvelope
 from rayflow.core.timeline import TimelineEntry
+from rayflow.errors import ClusterError
 from rayflow.runtime.coordinator_loop import MEMORY_STATE_BYTES, CoordinatorRuntime, settings_of
-from rayflow.runtime.results import JobStatus, SubtaskInfo
+from rayflow.runtime.results import JobStatus, SubtaskInfo, metrics_of
 from rayflow.runtime.subtask_loop import cause_of
 
 LINGER_S: Final = 600.0
@@ -105,6 +106,7 @@ class CoordinatorProcess:
         self._lock = threading.Lock()
         self._ended: Ended | None = None
         self._fetched = threading.Event()
+        self._uncaught = 0  # processes in a row that raised, since the job last ran
         self._package = package = unpack(slices)
         store, _, in_memory = package.open_stores()
         self._processes = Processes(self._life, self._self, slices, cpus_per_subtask(package.plan), self._inbox.put)
@@ -145,7 +147,7 @@ class CoordinatorProcess:
 
     def metrics(self) -> dict[str, float]:
         with self._lock:
-            return metrics_of(self._runtime.machine, self._package.plan)
+            return metrics_of(self._runtime, self._package.plan)
 
     def request_checkpoint(self, kind: CheckpointKind) -> None:
         self._inbox.put(CheckpointRequested(kind))
@@ -186,7 +188,7 @@ class CoordinatorProcess:
                 manifest=outcome.manifest,
                 restarts=machine.restarts,
                 timeline=machine.timeline,
-                metrics=metrics_of(machine, self._package.plan),
+                metrics=metrics_of(self._runtime, self._package.plan),
                 status=replace(status_of(machine, self._package.plan), state=state.value),
                 subtasks=tuple(subtasks_of(machine, self._package.plan)),
             )
@@ -212,6 +214,7 @@ class CoordinatorProcess:
             if runtime.machine.state is not JobState.RUNNING:
                 spare_at = None
             elif spare_at is None:
+                self._uncaught = 0
                 spare_at = time.monotonic() + SPARE_AFTER_S
             elif spare_at <= time.monotonic() and self._package.config.restart.strategy != "none":
                 self._processes.keep_spare()
@@ -222,9 +225,18 @@ class CoordinatorProcess:
         if isinstance(news, ProcessEnded):
             reason = self._processes.ended(news)
             if reason is not None:
+                self._count_uncaught(news, reason)
                 self._runtime.handle(SubtaskDied(news.subtask, news.incarnation, reason))
         else:
             self._runtime.handle(news)
+
+    def _count_uncaught(self, news: ProcessEnded, reason: str) -> None:
+        """Processes that raise instead of dying are no accident: they must not be started again for ever."""
+        if not uncaught(news.error):
+            return
+        self._uncaught += 1
+        if self._uncaught >= self._package.config.restart.same_failure_limit:
+            raise ClusterError(f"{news.subtask} cannot run, {self._uncaught} processes failed in a row: {reason}")
 
     def _close_processes(self) -> None:
         """Let those that were told to shut down do so, for a moment; kill the rest."""

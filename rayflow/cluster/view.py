@@ -62,15 +62,3 @@ def subtasks_of(machine: CoordinatorMachine, plan: Plan) -> list[SubtaskInfo]:
         )
         for m in machine.subtasks.values()
     ]
-
-
-def metrics_of(machine: CoordinatorMachine, plan: Plan) -> dict[str, float]:
-    """Sums over subtasks of the last heartbeats; ``rows_in`` counts the rows read by sources only, not every step's."""
-    totals: dict[str, float] = {}
-    sources = plan.sources()
-    for member in machine.subtasks.values():
-        for name, value in member.metrics.items():
-            if name == "watermark" or (name == "rows_in" and member.subtask.chain not in sources):
-                continue
-            totals[name] = totals.get(name, 0.0) + value
-    return totals

@@ -95,8 +95,6 @@ class World:
         self._wall_time = wall_time
         self.last_error: Exception | None = None
         """The last exception that a subtask raised, for chaining."""
-        self.metrics: dict[str, float] = {}
-        """Counters summed over subtasks that were stopped."""
         self.coordinator = self._new_coordinator()
 
     def _new_coordinator(self) -> CoordinatorRuntime:
@@ -138,12 +136,8 @@ class World:
         self.post(object(), lambda: self.coordinator_inbox.append(died))
 
     def retire_subtask(self, subtask: SubtaskId) -> None:
-        """The coordinator stops the process: its resources are released and its counters kept."""
-        runtime = self.slots[subtask].runtime
-        for name, value in runtime.metrics().items():
-            if name not in ("watermark", "peak_in_flight_bytes"):
-                self.metrics[name] = self.metrics.get(name, 0.0) + value
-        runtime.close()
+        """The coordinator stops the process: its resources are released."""
+        self.slots[subtask].runtime.close()
         self.kill_subtask(subtask, "stopped")
 
     def kill_coordinator(self) -> None:

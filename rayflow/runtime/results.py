@@ -12,6 +12,7 @@ from rayflow.core.timeline import TimelineEntry
 from rayflow.errors import PlanError
 from rayflow.operators.sinks.collect import CollectSink
 from rayflow.plan import Plan
+from rayflow.runtime.coordinator_loop import CoordinatorRuntime
 from rayflow.runtime.ports import SnapshotStore
 
 
@@ -81,3 +82,19 @@ def collected(plan: Plan, manifest: Manifest | None, snapshots: SnapshotStore) -
         empty = pa.table({}) if planned.schema is None else planned.schema.empty_table()
         tables[operator] = pa.concat_tables(filled) if filled else empty
     return tables
+
+
+def metrics_of(coordinator: CoordinatorRuntime, plan: Plan) -> dict[str, float]:
+    """What the subtasks last counted, summed (``peak_…``: the largest), and what checkpoints cost.
+
+    ``rows_in`` counts the rows that sources read, not those of every step.
+    """
+    totals: dict[str, float] = dict(coordinator.checkpoint_figures)
+    sources = plan.sources()
+    for member in coordinator.machine.subtasks.values():
+        for name, value in member.metrics.items():
+            if name == "watermark" or (name == "rows_in" and member.subtask.chain not in sources):
+                continue
+            before = totals.get(name, 0.0)
+            totals[name] = max(before, value) if name.startswith("peak_") else before + value
+    return totals
