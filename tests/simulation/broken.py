@@ -22,7 +22,7 @@ from rayflow.storage.snapshots import SnapshotStore
 
 
 @contextmanager
-def _replaced(owner: type, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
+def replaced(owner: type, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
     """``owner.name`` is ``make(original)`` for a while."""
     original = owner.__dict__[name]
     setattr(owner, name, make(original))
@@ -35,7 +35,7 @@ def _replaced(owner: type, name: str, make: Callable[[Any], Any]) -> Iterator[No
 @contextmanager
 def skip_alignment() -> Iterator[None]:
     """A2: no channel is ever blocked, and the mode still calls itself exactly-once."""
-    with _replaced(Aligner, "blocked", lambda _: lambda self, channel: False):
+    with replaced(Aligner, "blocked", lambda _: lambda self, channel: False):
         yield
 
 
@@ -52,7 +52,7 @@ def commit_before_manifest() -> Iterator[None]:
 
         return perform
 
-    with _replaced(CoordinatorRuntime, "_perform", make):
+    with replaced(CoordinatorRuntime, "_perform", make):
         yield
 
 
@@ -81,7 +81,7 @@ def acknowledge_before_upload() -> Iterator[None]:
 
         return write
 
-    with _replaced(SnapshotStore, "write", make):
+    with replaced(SnapshotStore, "write", make):
         yield
 
 
@@ -103,7 +103,7 @@ def forget_a_credit() -> Iterator[None]:
 
         return take_input
 
-    with _replaced(SubtaskMachine, "take_input", make):
+    with replaced(SubtaskMachine, "take_input", make):
         yield
 
 
@@ -120,7 +120,7 @@ def reuse_a_checkpoint_id() -> Iterator[None]:
 
         return abort
 
-    with _replaced(Checkpointing, "_abort", make):
+    with replaced(Checkpointing, "_abort", make):
         yield
 
 
@@ -136,7 +136,7 @@ def barrier_before_output() -> Iterator[None]:
 
         return broadcast
 
-    with _replaced(Emitter, "broadcast", make):
+    with replaced(Emitter, "broadcast", make):
         yield
 
 
@@ -152,7 +152,7 @@ def restore_an_older_manifest() -> Iterator[None]:
 
         return choose
 
-    with _replaced(CheckpointReader, "choose", make):
+    with replaced(CheckpointReader, "choose", make):
         yield
 
 
@@ -167,7 +167,7 @@ def drop_aborted_committables() -> Iterator[None]:
 
         return forget
 
-    with _replaced(Uploads, "forget", make):
+    with replaced(Uploads, "forget", make):
         yield
 
 
@@ -182,7 +182,7 @@ def overrun_credit() -> Iterator[None]:
 
         return offer
 
-    with _replaced(OutputAccount, "offer", make):
+    with replaced(OutputAccount, "offer", make):
         yield
 
 
@@ -200,7 +200,7 @@ def snapshot_at_first_barrier() -> Iterator[None]:
 
         return on_barrier
 
-    with _replaced(Aligner, "on_barrier", make):
+    with replaced(Aligner, "on_barrier", make):
         yield
 
 

@@ -31,6 +31,8 @@ class Target:
         self.commit_calls: list[tuple[str, ...]] = []
         self.checkpoint_of: dict[str, CheckpointId] = {}
         """Token -> the checkpoint for which its rows were cut off."""
+        self.alone = True
+        """False: another run may leave behind what it had prepared, to be cleaned up by `Committer.finish`."""
         self._faults = faults
         self._named = named
         self._seen: set[str] = set()
@@ -122,6 +124,8 @@ class FakeCommitter(Committer):
         self.target.recover([str(c) for c in committables], fresh=fresh)
 
     def finish(self) -> None:
+        if not self.target.alone:
+            self.target.prepared.clear()
         if self.target.prepared:
             raise Violation(f"S1: the job is over and {sorted(self.target.prepared)} are prepared and not committed")
 
