@@ -196,11 +196,13 @@ class CheckpointStore(CheckpointReader):
     def _check_not_fenced(self) -> None:
         assert self._decision is not None
         number = self._decision.incarnation
-        if self._store.exists(claim_path(number + 1)):
+        # Listed, not asked for by the next number: retention of a still later coordinator prunes all but the highest.
+        highest = max((parse_claim(path) or 0 for path, _ in self._store.list(COORDINATORS)), default=0)
+        if highest > number:
             self._fenced = True
             raise FencedError(
                 f"a later run took over the checkpoint directory of job {self._job!r} (this is coordinator {number}, "
-                f"there is {claim_path(number + 1)}); this one stops and changes nothing more (rule C8)"
+                f"there is {claim_path(highest)}); this one stops and changes nothing more (rule C8)"
             )
 
     def _reserve(self, decision: Decision, checkpoint: CheckpointId) -> None:

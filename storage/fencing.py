@@ -16,8 +16,9 @@ and both may be right in their own eyes: k finds no claim, j finds no manifest, 
 before n. `tests/storage/test_fencing.py` runs every interleaving of the two, of this order and of the two wrong
 ones.
 
-The store must list what was written (a local disk and S3 do). The check in (2) needs no listing: claims have no gaps
-above one's own, so the next number alone is asked for.
+The store must list what was written (a local disk and S3 do). The check in (2) lists the claims: to ask for the next
+number alone is not enough, because retention of a still later coordinator prunes claims, though never the highest, and
+one that has slept through two takeovers would think itself alone.
 """
 
 from __future__ import annotations

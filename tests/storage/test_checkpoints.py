@@ -143,6 +143,20 @@ def test_who_has_not_claimed_may_do_nothing() -> None:
         stranger.sweep(1)
 
 
+def test_one_that_slept_while_its_successors_claim_was_pruned_is_fenced() -> None:
+    """Rule C8: the third coordinator prunes the claims of the first two; the first must not think itself alone."""
+    store = MemoryStore()
+    asleep, incarnation = started(store, 1)
+    for _ in range(2):
+        later = coordinator(store)
+        found = later.claim()
+        later.commit(make_manifest(store, found, found.next_checkpoint))
+        later.retain(found.next_checkpoint, 1)
+    assert not store.exists(claim_path(2)), "pruned, or this test shows nothing"
+    with pytest.raises(FencedError, match="later run took over"):
+        asleep.commit(make_manifest(store, incarnation, 2))
+
+
 def test_the_fenced_one_changes_nothing_more() -> None:
     store = MemoryStore()
     mine, incarnation = started(store, 1, 2)
