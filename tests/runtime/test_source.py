@@ -1,0 +1,179 @@
+"""The source side: positions lie behind what was emitted (rule R2), splits one after another, errors with a place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from rayflow.core.ids import MIN_WATERMARK
+from rayflow.core.manifest import SplitState
+from rayflow.errors import DataError, UserCodeError
+from rayflow.operators.base import EventTime
+from rayflow.plan import PlannedSource
+from rayflow.runtime.source import SourceRunner
+from tests.runtime.fakes import ListSource, Log, context, values
+
+
+def runner(log: Log | None = None, event_time: EventTime | None = None, **splits: list[Any]) -> SourceRunner:
+    source = ListSource(splits, log if log is not None else [])
+    return SourceRunner(PlannedSource("src", "my source", source, event_time), context("src", "my source"))
+
+
+def split(name: str, position: Any = None, order: int = 0) -> SplitState:
+    return SplitState("src", name, order, name, position)
+
+
+def polled(source: SourceRunner) -> list[Any]:
+    """Values of each poll until nothing is left to poll."""
+    found = []
+    while source.can_poll:
+        batch = source.poll()
+        found.append(None if batch is None else values(batch))
+    return found
+
+
+def positions(source: SourceRunner) -> list[tuple[str, Any]]:
+    return [(s.split_id, s.position) for s in source.unfinished()]
+
+
+def test_positions_lie_behind_the_batches_that_were_emitted() -> None:
+    source = runner(a=[[1], [2, 3], [4]])
+    source.assign([split("a")], no_more=True)
+    assert positions(source) == [("a", None)]
+    source.poll()
+    assert positions(source) == [("a", 1)]
+    source.poll()
+    assert positions(source) == [("a", 2)]
+    again = runner(a=[[1], [2, 3], [4]])
+    again.assign(source.unfinished(), no_more=True)
+    assert polled(again) == [[4], None]
+
+
+def test_a_split_with_a_batch_that_is_its_last_is_finished_by_it() -> None:
+    log: Log = []
+    source = runner(log, a=[[1], "last"])
+    source.assign([split("a")], no_more=True)
+    assert polled(source) == [[1], [1000]]
+    assert source.unfinished() == ()
+    assert source.exhausted
+    assert log == [("reader", "a", None), ("closed",)]
+
+
+def test_splits_are_read_one_after_another_and_unfinished_ones_are_in_the_snapshot() -> None:
+    log: Log = []
+    source = runner(log, a=[[1]], b=[[2], [3]])
+    source.assign([split("a"), split("b")], no_more=False)
+    source.poll()
+    assert positions(source) == [("a", 1), ("b", None)]
+    assert source.poll() is None  # a is done
+    assert positions(source) == [("b", None)]
+    source.poll()
+    assert positions(source) == [("b", 1)]
+    assert log == [("reader", "a", None), ("closed",), ("reader", "b", None)]
+
+
+def test_an_empty_poll_keeps_the_position() -> None:
+    source = runner(a=[[1], None, [2]])
+    source.assign([split("a")], no_more=True)
+    source.poll()
+    assert source.poll() is None
+    assert positions(source) == [("a", 1)]
+
+
+def test_one_split_ahead_is_asked_for_once() -> None:
+    source = runner(a=[[1]], b=[[2]])
+    assert source.wants_split()
+    assert not source.wants_split(), "it has asked already"
+    source.assign([split("a")], no_more=False)
+    assert source.wants_split(), "one ahead"
+    source.assign([split("b")], no_more=False)
+    assert not source.wants_split(), "one is enough"
+    polled(source)
+    assert source.wants_split()
+    source.assign([], no_more=True)
+    assert not source.wants_split()
+    assert source.exhausted
+
+
+def test_it_is_exhausted_only_when_nothing_more_comes() -> None:
+    source = runner(a=[[1]])
+    assert not source.exhausted
+    source.assign([split("a")], no_more=False)
+    polled(source)
+    assert not source.exhausted
+    source.assign([], no_more=True)
+    assert source.exhausted
+
+
+def test_skipped_rows_are_summed_over_splits() -> None:
+    source = runner(a=[[1], "skip", "skip"], b=["skip", [2]])
+    source.assign([split("a"), split("b")], no_more=True)
+    source.poll()
+    source.poll()
+    assert source.skipped_rows == 1
+    polled(source)
+    assert source.skipped_rows == 3
+
+
+def test_an_error_names_step_split_and_position_and_is_chained() -> None:
+    fault = OSError("disk gone")
+    source = runner(a=[[1], fault])
+    source.assign([split("a")], no_more=True)
+    source.poll()
+    with pytest.raises(
+        UserCodeError, match=r"step 'my source' subtask 0/2 could not read split 'a' at position 1: OSError: disk gone"
+    ) as caught:
+        source.poll()
+    assert caught.value.__cause__ is fault
+    assert source.position == "split a at 1"
+    assert positions(source) == [("a", 1)], "what was not emitted is not behind the position"
+
+
+def test_an_error_of_ours_passes_as_it_is() -> None:
+    fault = DataError("line 3 of x.csv")
+    source = runner(a=[fault])
+    source.assign([split("a")], no_more=True)
+    with pytest.raises(DataError) as caught:
+        source.poll()
+    assert caught.value is fault
+
+
+def test_a_split_that_cannot_be_opened_is_named() -> None:
+    source = runner()
+    source.assign([split("gone", 17)], no_more=True)
+    with pytest.raises(UserCodeError, match="could not read split 'gone' at position 17: KeyError"):
+        source.poll()
+
+
+def test_before_the_first_split_it_says_so() -> None:
+    assert runner().position == "before the first split"
+
+
+def test_event_time_follows_the_rows() -> None:
+    import pyarrow as pa
+
+    from rayflow.operators.sources.memory import ArrowSource
+
+    table = pa.table({"t": pa.array([10, 50, 30], pa.timestamp("us"))})
+    planned = PlannedSource("src", "my source", ArrowSource(table, batch_rows=2), EventTime("t", max_delay_us=5))
+    source = SourceRunner(planned, context())
+    assert source.watermark == MIN_WATERMARK
+    ((name, description),) = planned.source.discover()
+    source.assign([SplitState("src", name, 0, description, None)], no_more=True)
+    source.poll()
+    assert source.watermark == 45
+    source.poll()
+    assert source.watermark == 45, "W1"
+    assert runner().watermark == MIN_WATERMARK
+
+
+def test_close_closes_the_open_reader_once() -> None:
+    log: Log = []
+    source = runner(log, a=[[1], [2]])
+    source.close()
+    source.assign([split("a")], no_more=True)
+    source.poll()
+    source.close()
+    source.close()
+    assert log == [("reader", "a", None), ("closed",)]
