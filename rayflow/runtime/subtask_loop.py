@@ -60,7 +60,6 @@ from rayflow.errors import (
     CorruptCheckpointError,
     DataError,
     ExpressionError,
-    KeyHashError,
     PlanError,
     ProtocolError,
     SchemaChangedError,
@@ -95,6 +94,8 @@ BROKEN_GRACE_S = 3.0
 IDLE_POLL_S = 0.005
 FATAL = (CommitLostError, CorruptCheckpointError, PlanError, ProtocolError, SchemaChangedError, StateTooLargeError)
 """Errors that another attempt cannot mend."""
+_NO_LATER_CHECKPOINT = (CommitLostError, StateTooLargeError, DataError, ProtocolError)
+"""Errors of an upload that the next checkpoint would meet again: declining would retry for ever and never name them."""
 _NAMES_SUBTASK = re.compile(r"step '[^']*' subtask \d+/\d+")
 
 
@@ -208,7 +209,7 @@ class SubtaskRuntime:
             case CommitDone(_, checkpoint):
                 self._perform(machine.on_committed(checkpoint))
             case BackgroundFailed(_, error):
-                raise error
+                self._fail(error, position=self._since_restore)
             case ChannelBroken(_, channel, reason):
                 if self._broken is None:
                     self._broken = (self._host.now(), f"channel {channel} broke: {reason}")
@@ -350,9 +351,15 @@ class SubtaskRuntime:
             now=self._host.now,
         )
 
-    def _fail(self, error: Exception) -> None:
+    @property
+    def _since_restore(self) -> str:
+        """Where in the input an error lies whose rows are not known."""
+        return f"after checkpoint {self._restored_from}"
+
+    def _fail(self, error: Exception, *, position: str | None = None) -> None:
         """Tell the coordinator and hold still until it resets this subtask."""
-        position = self._source.position if self._source is not None else f"after checkpoint {self._restored_from}"
+        if position is None:
+            position = self._source.position if self._source is not None else self._since_restore
         where = f"step {self._chain_plan.title!r} subtask {self.subtask.index}/{self._chain_plan.parallelism}"
         self.phase = Phase.FAILED
         self.last_error = error
@@ -456,7 +463,7 @@ class SubtaskRuntime:
                 deadlines.append(linger)
             if not self._machine.input_ended:
                 deadlines.append(self._watermark_due)
-            if self._source is not None and self._source.can_poll and not self._machine.output_blocked:
+            if self.polling and not self._machine.output_blocked:
                 deadlines.append(self._source_due)
             if self._broken is not None:
                 deadlines.append(self._broken[0] + BROKEN_GRACE_S)
@@ -544,7 +551,7 @@ class SubtaskRuntime:
             try:
                 return Uploaded(attempt, checkpoint, uploads.upload(checkpoint, frozen, splits, stats, now))
             except Exception as error:
-                if isinstance(error, CommitLostError | StateTooLargeError | KeyHashError):
+                if isinstance(error, _NO_LATER_CHECKPOINT):
                     return BackgroundFailed(attempt, error)
                 return UploadFailed(attempt, checkpoint, f"{self.subtask}: {type(error).__name__}: {error}")
 

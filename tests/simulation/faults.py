@@ -36,7 +36,9 @@ class FaultBudget:
     savepoints: int = 0
     """Checkpoints and savepoints that a user asks for; no fault, but as untimely."""
     stops: int = 0
-    """How often the job is stopped with a savepoint and started again, at another parallelism."""
+    """How often the job is stopped with a savepoint, or cancelled, and started again at another parallelism."""
+    hangs: int = 0
+    """Subtasks that go on living and do nothing more, until their silence is noticed."""
     crash_horizon: int = 1500
     """Upper bound of the number of port calls between two crashes; what is drawn is log-uniform below it."""
 
@@ -55,6 +57,7 @@ class FaultBudget:
             late_writes=some(0.25, 2),
             savepoints=some(0.2, 3),
             stops=some(0.25, 2),
+            hangs=some(0.15, 2),
             crash_horizon=rng.choice((60, 400, 2500)),
         )
 

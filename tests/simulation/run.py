@@ -64,7 +64,8 @@ def run_seed(
     violation = ""
     try:
         play(world)
-        while world.coordinator.outcome.state is JobState.STOPPED and scenario.plan_again is not None:
+        while wants_another_run(world, scenario):
+            assert scenario.plan_again is not None
             world.run_again(scenario.plan_again)
             play_on(world)
         check_end(world, scenario)
@@ -87,6 +88,16 @@ def run_seed(
     )
 
 
+def wants_another_run(world: SimWorld, scenario: Scenario) -> bool:
+    """Whether a user would start the job again: it was stopped or cancelled, or it failed without being restarted."""
+    happened = sum(world.faults.happened.values())
+    fresh, world.faults_at_run = happened > world.faults_at_run, happened
+    state = world.coordinator.outcome.state
+    if state is JobState.FAILED:
+        return fresh and scenario.settings.restart.strategy == "none"
+    return state in (JobState.STOPPED, JobState.CANCELLED)
+
+
 def _where(error: BaseException) -> str:
     tb = error.__traceback__
     while tb is not None and tb.tb_next is not None:
@@ -102,7 +113,7 @@ def make_world(
         config=scenario.config,
         exactly_once=scenario.mode == "exactly_once",
         run_id="sim",
-        heartbeat_s=None,
+        heartbeat_s=scenario.heartbeat_s,
     )
     return SimWorld(
         scenario.plan,

@@ -51,7 +51,8 @@ class Scenario:
     targets: tuple[Target, ...]
     expected: tuple[Counter[Row], ...]
     plan_again: Plan | None = None
-    """The same flow at another parallelism: what a stopped job goes on with."""
+    """The same flow at another parallelism: what a stopped, cancelled or failed job goes on with."""
+    heartbeat_s: float | None = None
 
 
 def draw_rows(rng: Random, count: int, *, keys: int, delay_us: int) -> list[InputRow]:
@@ -195,7 +196,7 @@ def draw(seed_rng: Random, faults: Faults, new_target: Callable[[], Target], mod
         max_parallelism=max_parallelism,
         batch_rows=rng.choice((1, 2, 8, 1000)),
         linger=rng.choice(("0s", "1ms", "20ms")),
-        watermark_interval=rng.choice(("1ms", "10ms", "100ms")),
+        watermark_interval="100ms" if faults.budget.hangs else rng.choice(("1ms", "10ms", "100ms")),
     )
     # Below what a user may ask for, so that small jobs meet backpressure.
     object.__setattr__(config, "inflight_bytes", rng.choice((256, 256, 600, 4096)))
@@ -206,13 +207,20 @@ def draw(seed_rng: Random, faults: Faults, new_target: Callable[[], Target], mod
         timeout_s=rng.choice((1000 * wait_s, 600.0, 600.0)),
         min_pause_s=rng.choice((0.0, 0.0, 0.005)),
         tolerable_failures=rng.choice((0, 1, 3)),
-        hang_timeout_s=1e9,
-        restart=RestartSpec(initial_s=0.01, factor=1.5, max_s=0.2, reset_after_s=1.0),
+        hang_timeout_s=500 * wait_s if faults.budget.hangs else 1e9,
+        restart=RestartSpec(
+            strategy=rng.choice(("exponential", "exponential", "exponential", "fixed", "none")),
+            initial_s=0.01,
+            factor=1.5,
+            max_s=0.2,
+            reset_after_s=1.0,
+        ),
     )
     retain = rng.choice((1, 1, 2, 5))
     what = " | ".join(d.words) + (
         f" | p={d.parallelism}, groups={max_parallelism}, {mode}, batch_rows={config.batch_rows}, "
-        f"credit={config.inflight_bytes}, interval={settings.interval_s}, timeout={settings.timeout_s}, retain={retain}"
+        f"credit={config.inflight_bytes}, interval={settings.interval_s}, timeout={settings.timeout_s}, "
+        f"retain={retain}, restart={settings.restart.strategy}"
     )
     return Scenario(
         what=what,
@@ -225,5 +233,6 @@ def draw(seed_rng: Random, faults: Faults, new_target: Callable[[], Target], mod
         inline_max_bytes=rng.choice((0, 0, 4096)),
         targets=tuple(d.targets),
         expected=tuple(d.expected),
+        heartbeat_s=50 * wait_s if faults.budget.hangs else None,
         plan_again=build_plan("sim", d.sinks, parallelism=rng.randint(1, 4), max_parallelism=max_parallelism),
     )

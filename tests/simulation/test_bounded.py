@@ -112,3 +112,17 @@ def test_a_job_that_stops_after_a_branch_has_ended_goes_on_exactly_there(seed: i
     play(next_world)
     finish(next_world, again)
     assert [m.kind for m in stage.observer.ever.values()] == ["stop", "final"]
+
+
+def test_a_source_that_has_stopped_waits_for_the_end_instead_of_asking_to_be_run() -> None:
+    stage, gate = Stage.new(0), Gate()
+    stream, expected = branches(gate)
+    world = stage.world(scripted([(stream, stage.target(), expected)], parallelism=1, interval_s=None))
+    world.start()
+    until(world, lambda: gate.reached)
+    world.coordinator_inbox.append(CheckpointRequested(CheckpointKind.STOP))
+    source = next(slot.runtime for slot in world.slots.values() if slot.subtask.chain == "long")
+    until(world, lambda: source._machine is not None and source._machine.stopped)
+    source.work()
+    deadline = source.next_deadline()
+    assert deadline is None or deadline > world.clock.now

@@ -9,7 +9,7 @@ from random import Random
 from typing import Any
 
 from rayflow.core.coordinator import CoordinatorSettings
-from rayflow.core.events import CheckpointRequested, CoordinatorEvent, JobState, TakeSnapshot
+from rayflow.core.events import CancelRequested, CheckpointRequested, CoordinatorEvent, JobState, TakeSnapshot
 from rayflow.core.ids import Attempt, ChannelId, CheckpointId, SubtaskId
 from rayflow.core.messages import CheckpointKind, CommandEnvelope, Complete, Data, Element, ReportEnvelope
 from rayflow.plan import Plan
@@ -60,6 +60,12 @@ class Wires:
             keys.pop()
         return message
 
+    def coordinator_died(self) -> None:
+        """What it was told of deaths is gone with its process: the next one numbers its processes anew."""
+        for key in self._keys["news"]:
+            del self._wires[key]
+        self._keys["news"].clear()
+
     def sender_died(self, subtask: SubtaskId) -> None:
         """What a dead process had sent: of each stream a drawn prefix arrives, of its reports a drawn part."""
         for key in list(self._keys["element"]):
@@ -109,6 +115,8 @@ class SimWorld(World):
         self.store = SimStore(observer, faults, self._post_late)
         self.coordinator_down = False
         self.on_complete: Callable[[Complete], Complete] = lambda complete: complete
+        self.faults_at_run = 0
+        self._hung: list[Slot] = []
         self._label: Label = ()
         self._nonces = 0
         self._mean_wait_s = wait_s
@@ -204,6 +212,7 @@ class SimWorld(World):
         self.slots.clear()
         self.coordinator_inbox.clear()
         self.coordinator_tasks.clear()
+        self.wires.coordinator_died()
         self.coordinator_down = True
 
     def _in_slot(self, slot: Slot, act: Deliver) -> None:
@@ -255,7 +264,10 @@ class SimWorld(World):
     def next_deadline(self) -> float | None:
         if self.coordinator_down:
             return None
-        return super().next_deadline()
+        if not self._hung:
+            return super().next_deadline()
+        living = [s.runtime.next_deadline() for s in self.slots.values() if not self._hangs(s)]
+        return min((d for d in (*living, self.coordinator.next_deadline()) if d is not None), default=None)
 
     def note(self, *label: Any) -> None:
         self.trace.append((self.steps, self.clock.now, *label))
@@ -280,7 +292,7 @@ class SimWorld(World):
         first = int(self.rng.random() * count)
         for offset in range(count):
             slot = slots[(first + offset) % count]
-            if ready(slot):
+            if ready(slot) and not self._hangs(slot):
                 return slot
         return None
 
@@ -361,11 +373,31 @@ class SimWorld(World):
         elif budget.stops > 0:
             budget.stops -= 1
             kind = CheckpointKind.STOP
+            if self.rng.random() < 0.3:
+                self.faults.count("request cancel")
+                self.note("request", "cancel")
+                self.coordinator_inbox.append(CancelRequested())
+                return True
+        elif budget.hangs > 0:
+            return self._hang()
         else:
             return False
         self.faults.count(f"request {kind.value}")
         self.note("request", kind)
         self.coordinator_inbox.append(CheckpointRequested(kind))
+        return True
+
+    def _hangs(self, slot: Slot) -> bool:
+        return any(slot is hung for hung in self._hung)
+
+    def _hang(self) -> bool:
+        slot = self._slot_where(lambda s: True)
+        if slot is None:
+            return False
+        self.faults.budget.hangs -= 1
+        self.faults.count("hang")
+        self.note("HANG", slot.subtask, slot.incarnation)
+        self._hung.append(slot)
         return True
 
     def run_again(self, plan: Plan) -> None:
@@ -376,6 +408,7 @@ class SimWorld(World):
         self.slots.clear()
         self.coordinator_inbox.clear()
         self.coordinator_tasks.clear()
+        self.wires.coordinator_died()
         self._draw_schedule()
         self.coordinator_down = True
 
