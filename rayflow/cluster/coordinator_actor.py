@@ -24,8 +24,8 @@ from rayflow.cluster.background import Background
 from rayflow.cluster.inbox import Inbox
 from rayflow.cluster.package import JobPackage, unpack
 from rayflow.cluster.processes import CLOSE_GRACE_S, ProcessEnded, Processes, uncaught
-from rayflow.cluster.resources import cpus_per_subtask
-from rayflow.cluster.view import CoordinatorInfo, Ended, status_of, subtasks_of
+from rayflow.cluster.resources import cpus_needed, cpus_per_subtask
+from rayflow.cluster.view import CoordinatorInfo, Ended, status_of, subtasks_of, waiting_to_start
 from rayflow.core.events import (
     CancelRequested,
     CheckpointRequested,
@@ -134,7 +134,17 @@ class CoordinatorProcess:
 
     def status(self) -> JobStatus:
         with self._lock:
-            status = status_of(self._runtime.machine, self._package.plan)
+            machine = self._runtime.machine
+            status = status_of(machine, self._package.plan)
+            waiting = waiting_to_start(machine, time.monotonic())
+        if waiting:
+            free = ray.available_resources().get("CPU", 0.0)
+            status = replace(
+                status,
+                detail=f"{waiting} of {len(machine.subtasks)} processes have not started; the cluster has {free:g} of "
+                f"{ray.cluster_resources().get('CPU', 0.0):g} CPUs free, the job takes "
+                f"{cpus_needed(self._package.plan)}",
+            )
         return status
 
     def subtasks(self) -> list[SubtaskInfo]:

@@ -13,7 +13,7 @@ import ray
 from rayflow.cluster.coordinator_actor import LINGER_S, CoordinatorActor
 from rayflow.cluster.deploy import check_cluster, connect
 from rayflow.cluster.package import JobPackage, pack, slices_of
-from rayflow.cluster.processes import reason_of
+from rayflow.cluster.processes import reason_of, uncaught
 from rayflow.cluster.view import CoordinatorInfo, Ended
 from rayflow.config import CheckpointConfig, JobConfig
 from rayflow.core.events import JobState
@@ -245,11 +245,13 @@ class Job:
                 return ray.get(getattr(self._actor, method).remote(*args))
             except ray.exceptions.RayActorError as error:
                 last = error
+                if uncaught(error):
+                    raise ClusterError(f"the coordinator of job {self.name} cannot start: {reason_of(error)}") from None
                 if not self._exists():
                     break
         raise ClusterError(
-            f"the coordinator of job {self.name} is gone: {reason_of(last)}; an outcome that nobody has read is kept for "
-            f"{LINGER_S:g} s and given once. Run the flow again: it goes on from its newest checkpoint"
+            f"the coordinator of job {self.name} is gone: {reason_of(last)}; an outcome that nobody has read is kept "
+            f"for {LINGER_S:g} s and given once. Run the flow again: it goes on from its newest checkpoint"
         ) from last
 
     def _exists(self) -> bool:

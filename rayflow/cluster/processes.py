@@ -156,12 +156,19 @@ class Processes:
 
 
 def reason_of(error: BaseException) -> str:
-    """Why the process is gone: Ray's words in one line, or the traceback of an exception that left the loop."""
-    text = str(error)
-    if not isinstance(error, ray.exceptions.RayActorError):
-        return f"its loop raised {text}"
+    """Why the process is gone: in one line, and behind it the traceback if it was an exception that nobody caught."""
+    text = str(error).strip()
+    if uncaught(error):
+        return f"it raised {text.splitlines()[-1].strip()}\n{text}"
     found = re.search(r"The actor is dead because (?:its )?(.+?)(?: Some common causes|\n|$)", text)
     return found[1].strip() if found else " ".join(text.split())[:300]
+
+
+def uncaught(error: BaseException | None) -> bool:
+    """Whether the process did not die but raised, in its constructor or in its loop: it would do so again."""
+    if error is None or not isinstance(error, ray.exceptions.RayActorError):
+        return error is not None
+    return "creation task" in str(error)
 
 
 def _kill(actor: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from rayflow.core.coordinator import CoordinatorMachine
 from rayflow.core.events import JobState
@@ -12,6 +13,8 @@ from rayflow.core.messages import FailureCause
 from rayflow.core.timeline import TimelineEntry
 from rayflow.plan import Plan
 from rayflow.runtime.results import JobStatus, SubtaskInfo
+
+START_TAKES_S: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,11 @@ def status_of(machine: CoordinatorMachine, plan: Plan) -> JobStatus:
         watermark_us=min(watermarks) if last and len(watermarks) == len(last) else None,
         detail="" if machine.cause is None else machine.cause.message,
     )
+
+
+def waiting_to_start(machine: CoordinatorMachine, now: float) -> int:
+    """Processes that have given no sign for longer than starting takes."""
+    return sum(m.state.up and not m.heard and now - m.last_seen > START_TAKES_S for m in machine.subtasks.values())
 
 
 def subtasks_of(machine: CoordinatorMachine, plan: Plan) -> list[SubtaskInfo]:

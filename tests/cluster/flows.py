@@ -90,8 +90,17 @@ def assert_doubled(out: Path, rows: int = ROWS) -> None:
     assert (n, distinct, low, high, wrong) == (total, total, 0, total - 1, 0)
 
 
-def windows_flow(gate: Path, out: Path, rows: int = ROWS) -> rf.Flow:
-    return rf.Flow("windows", windowed(trickle(gate, rows)).write_parquet(str(out)))
+def windows_flow(gate: Path, out: Path, rows: int = ROWS, *, ballast: bytes = b"") -> rf.Flow:
+    """``ballast`` makes the plan so much heavier."""
+
+    def carry(batch: pa.RecordBatch) -> pa.RecordBatch:
+        assert ballast is not None
+        return batch
+
+    stream = trickle(gate, rows)
+    if ballast:
+        stream = stream.map_batches(carry, schema=SCHEMA)
+    return rf.Flow("windows", windowed(stream).write_parquet(str(out)))
 
 
 def assert_windows(out: Path, rows: int = ROWS) -> None:

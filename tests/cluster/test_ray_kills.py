@@ -12,7 +12,7 @@ import pytest
 import rayflow as rf
 from rayflow.cluster.job import Job, attach
 from tests.cluster import flows
-from tests.cluster.ray_harness import kill, process_is_gone, recovered, running, until
+from tests.cluster.ray_harness import kill, process_is_gone, recovered, running, subtask_processes, until
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 
@@ -47,6 +47,21 @@ def test_a_killed_subtask_is_replaced_and_the_survivors_are_reset_in_place(tmp_p
     assert after[victim] not in before.values()
     assert {k: v for k, v in after.items() if k != victim} == {k: v for k, v in before.items() if k != victim}
     assert finish(job, gate).restarts == 1
+    flows.assert_windows(out)
+
+
+def test_with_a_spare_process_a_recovery_takes_a_moment(tmp_path: Path, gate: Path) -> None:
+    """5 s are promised; this takes 0.1 s on an idle machine."""
+    out = tmp_path / "out"
+    job = flows.windows_flow(gate, out).submit(parallelism=1, checkpoints=checkpoints(tmp_path))
+    running(job)
+    until(lambda: len(subtask_processes()) == len(job.subtasks()) + 1, "there is a spare process")
+    attempt = job.status().attempt
+    kill(job.subtasks()[-1].pid)
+    recovered(job, attempt)
+    detected, again = (max(e.at for e in job.timeline() if e.what == what) for what in ("failure detected", "running"))
+    assert again - detected < 5.0
+    finish(job, gate)
     flows.assert_windows(out)
 
 
@@ -91,15 +106,16 @@ def test_the_coordinator_killed(tmp_path: Path, gate: Path) -> None:
 
 
 def test_the_driver_killed_and_then_a_subtask_and_the_coordinator(tmp_path: Path, gate: Path, cluster: str) -> None:
-    """The job needs nothing of the process that started it, not even to start its processes again."""
+    """The job needs nothing of the process that started it, not even to start its processes again. Its plan is larger
+    than what Ray keeps of an argument in one piece."""
     out = tmp_path / "out"
     program = (
-        "import sys, ray\n"
+        "import os, sys, ray\n"
         "from pathlib import Path\n"
         "import rayflow as rf\n"
         "from tests.cluster import flows\n"
         f"ray.init(address={cluster!r}, logging_level='ERROR', log_to_driver=False)\n"
-        f"flow = flows.windows_flow(Path({str(gate)!r}), Path({str(out)!r}))\n"
+        f"flow = flows.windows_flow(Path({str(gate)!r}), Path({str(out)!r}), ballast=os.urandom(300_000))\n"
         f"checkpoints = rf.CheckpointConfig({str(tmp_path / 'checkpoints')!r}, interval='200ms')\n"
         "print(flow.submit(parallelism=2, checkpoints=checkpoints).name, flush=True)\n"
         "sys.stdin.read()\n"
