@@ -228,7 +228,8 @@ class FileSinkOperator(SinkOperator):
                 except OSError as error:
                     raise _storage_error(self.ctx, error) from error
                 except pa.ArrowException as error:
-                    raise DataError(f"{self.ctx} cannot write {sealed.final}: {error}") from error
+                    # Without the name: it holds the checkpoint, and the same error must read the same every time.
+                    raise DataError(f"{self.ctx} cannot write its output file: {error}") from error
                 self._ready.append((sealed.checkpoint, payload))
                 del self._sealed[0]
             due = [payload for n, payload in self._ready if n <= checkpoint]
