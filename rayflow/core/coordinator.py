@@ -89,7 +89,7 @@ class CoordinatorMachine:
         self._outcome: JobState | None = None  # set while CLEANING and after
         self._out = Outbox()
         self._roster = Roster(topology.subtasks, self._out, hang_timeout_s=settings.hang_timeout_s)
-        self._pools = {source: SplitPool(source) for source in sorted(topology.sources)}
+        self._pools = {source: SplitPool(source, topology.parallelism[source]) for source in sorted(topology.sources)}
         self._policy = RestartPolicy(settings.restart)
         times = CheckpointTimes(
             settings.interval_s, settings.timeout_s, settings.min_pause_s, settings.tolerable_failures

@@ -4,6 +4,9 @@ Splits are handed out one a request, in their ``order``: a slow subtask asks les
 never told that a split has been read: a subtask carries its begun splits in its own snapshots, and asks again when it
 is done.
 
+A subtask asks for one split ahead while it still reads. Before the others have their first, it must wait for that: with
+as many splits as subtasks, the first to run would otherwise get two, and those of an endless source are never done.
+
 **What a checkpoint holds of the pool.** `snapshot` is taken at the moment the checkpoint is triggered. Commands to a
 subtask are a FIFO, so a split assigned before the trigger reaches the subtask before the trigger does and stands in the
 subtask's snapshot (or was read up before the barrier); one assigned after the trigger reaches it after its barrier and
@@ -38,15 +41,17 @@ class Assignment:
 
 
 class SplitPool:
-    """Splits of ``source``. Starts empty and open; see `restore`, `add`, `close`."""
+    """Splits of ``source``, read by so many subtasks. Starts empty and open; see `restore`, `add`, `close`."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, readers: int = 1) -> None:
         self.source = source
+        self._readers = readers
         self.closed = False  # nothing is ever added again in this attempt
         self._pending: list[SplitState] = []  # ascending by (order, split_id)
         self._known: set[str] = set()  # ids in _pending and _assigned
         self._assigned: dict[str, SubtaskId] = {}  # split id -> who got it in this attempt
-        self._waiting: list[SubtaskId] = []  # first come, first served; empty whenever _pending is not
+        self._waiting: list[SubtaskId] = []  # first come, first served, but see `_reserved`
+        self._begun: set[SubtaskId] = set()  # who has been given a split in this attempt
 
     @property
     def exhausted(self) -> bool:
@@ -75,6 +80,7 @@ class SplitPool:
         self._known.clear()
         self._assigned.clear()
         self._waiting.clear()
+        self._begun.clear()
         for split in splits:
             if split.split_id in self._known:
                 raise ProtocolError(
@@ -115,14 +121,25 @@ class SplitPool:
     def _sort(self) -> None:
         self._pending.sort(key=lambda s: (s.order, s.split_id))
 
+    @property
+    def _reserved(self) -> int:
+        """So many splits are kept for subtasks that have had none."""
+        return self._readers - len(self._begun)
+
+    def _may_have(self, subtask: SubtaskId) -> bool:
+        if not self._pending:
+            return self.closed
+        return subtask not in self._begun or len(self._pending) > self._reserved
+
     def _serve(self) -> tuple[Assignment, ...]:
         answers: list[Assignment] = []
-        while self._waiting and (self._pending or self.closed):
-            subtask = self._waiting.pop(0)
+        while (subtask := next(filter(self._may_have, self._waiting), None)) is not None:
+            self._waiting.remove(subtask)
             splits: tuple[SplitState, ...] = ()
             if self._pending:
                 splits = (self._pending.pop(0),)
                 self._assigned[splits[0].split_id] = subtask
+                self._begun.add(subtask)
             answers.append(Assignment(subtask, Assign(splits, no_more=self.exhausted)))
         return tuple(answers)
 
@@ -131,6 +148,6 @@ class SplitPool:
         assert len(pending) == len(self._pending), "a split stands twice"
         assert not pending & self._assigned.keys(), "a split is pending and assigned"
         assert self._known == pending | self._assigned.keys()
-        assert not (self._waiting and (self._pending or self.closed)), "somebody waits in vain"
+        assert not any(map(self._may_have, self._waiting)), "somebody waits in vain"
         assert len(set(self._waiting)) == len(self._waiting)
         assert self._pending == sorted(self._pending, key=lambda s: (s.order, s.split_id))

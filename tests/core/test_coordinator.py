@@ -130,7 +130,7 @@ def test_state_goes_to_whom_it_concerns_and_splits_to_the_pool() -> None:
     assert states == {SOURCE_0: [0, 2], SOURCE_1: [1], MIDDLE_0: [0, 1], MIDDLE_1: [1, 2], LAST: []}
     assert all(isinstance(c, Launch) and c.restored_from == 3 for c in launch.values())
     desk.all_report(Running())
-    assigned = [commands(desk.report(SOURCE_0, SplitRequest()), Assign)[SOURCE_0] for _ in range(3)]
+    assigned = [commands(desk.report(s, SplitRequest()), Assign)[s] for s in (SOURCE_0, SOURCE_0, SOURCE_1)]
     assert assigned == [Assign((begun[0],), False), Assign((pending[0],), False), Assign((pending[1],), True)]
 
 

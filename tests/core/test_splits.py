@@ -40,6 +40,28 @@ def test_in_order_one_a_request_and_no_more_with_the_last() -> None:
     assert pool.exhausted
 
 
+def test_nobody_gets_a_second_split_that_would_be_the_first_of_another() -> None:
+    """With as many splits as subtasks, the first one that runs asks again before the other one has asked at all."""
+    pool = SplitPool("s", readers=2)
+    pool.restore([split(0), split(1)])
+    pool.close()
+    assert pool.request(A)[1] == (Assignment(A, Assign((split(0),), False)),)
+    assert pool.request(A) == (SplitOutcome.ACCEPTED, ())
+    assert pool.waiting == (A,)
+    assert pool.request(B)[1] == (Assignment(B, Assign((split(1),), True)), Assignment(A, Assign((), True)))
+
+
+def test_what_nobody_lacks_is_given_ahead_at_once() -> None:
+    pool = SplitPool("s", readers=2)
+    pool.restore([split(0), split(1), split(2)])
+    assert [a.assign.splits for _ in range(2) for a in pool.request(A)[1]] == [(split(0),), (split(1),)]
+    assert pool.request(A)[1] == ()
+    assert [a.subtask for a in pool.request(B)[1]] == [B]
+    pool.restore([split(0), split(1)])
+    assert pool.request(B)[1] == (Assignment(B, Assign((split(0),), False)),)
+    assert pool.request(B)[1] == (), "a new attempt, and A has none again"
+
+
 def test_an_open_pool_lets_subtasks_wait_in_turn() -> None:
     pool = pool_of(closed=False)
     assert pool.request(B) == (SplitOutcome.ACCEPTED, ())
@@ -94,9 +116,9 @@ STEPS = st.lists(
 )
 
 
-@given(STEPS)
-def test_no_split_is_lost_or_given_twice(steps: list[tuple[str, int]]) -> None:
-    pool = SplitPool("s")
+@given(STEPS, st.integers(1, 3))
+def test_no_split_is_lost_or_given_twice(steps: list[tuple[str, int]], readers: int) -> None:
+    pool = SplitPool("s", readers)
     given_out: list[int] = []
     known: set[int] = set()
     for step, n in steps:
