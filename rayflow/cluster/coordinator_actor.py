@@ -246,7 +246,10 @@ class CoordinatorProcess:
             return
         self._uncaught += 1
         if self._uncaught >= self._package.config.restart.same_failure_limit:
-            raise ClusterError(f"{news.subtask} cannot run, {self._uncaught} processes failed in a row: {reason}")
+            told, _, story = reason.partition("\n")
+            error = ClusterError(f"{news.subtask} cannot run, {self._uncaught} processes failed in a row: {told}")
+            error.add_note(story)
+            raise error
 
     def _close_processes(self) -> None:
         """Let those that were told to shut down do so, for a moment; kill the rest."""

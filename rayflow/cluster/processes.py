@@ -157,7 +157,7 @@ class Processes:
 
 def reason_of(error: BaseException) -> str:
     """Why the process is gone: in one line, and behind it the traceback if it was an exception that nobody caught."""
-    text = str(error).strip()
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
     if uncaught(error):
         return f"it raised {text.splitlines()[-1].strip()}\n{text}"
     found = re.search(r"The actor is dead because (?:its )?(.+?)(?: Some common causes|\n|$)", text)
