@@ -7,11 +7,13 @@ committed twice, and the earlier one ends with a clear message unless it had fin
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from random import Random
 
 import pytest
 
 from rayflow.core.events import JobState
+from rayflow.core.restart import RestartSpec
 from rayflow.storage.checkpoints import CheckpointStore
 from tests.simulation.broken import replaced
 from tests.simulation.faults import FaultBudget, Faults, Violation
@@ -34,6 +36,8 @@ def two_runs(seed: int) -> tuple[JobState | None, str]:
     faults = Faults(rng, FaultBudget(crashes=rng.choice((0, 0, 2)), crash_horizon=400))
     observer = Observer()
     scenario = draw(rng, faults, lambda: Target(faults, observer.names_token), "exactly_once")
+    restart = RestartSpec(initial_s=0.01, max_s=0.2)
+    scenario = replace(scenario, settings=replace(scenario.settings, restart=restart))
     for target in scenario.targets:
         target.alone = False
     worlds = [make_world(scenario, rng, faults, observer) for _ in range(2)]
