@@ -1,6 +1,6 @@
 """Tumbling windows over event time, with aggregates.
 
-W1  an emitted watermark never decreases: `WindowOperator.on_watermark` returns the highest it has seen.
+W1  an emitted watermark never decreases, and no result follows that starts before it: `WindowOperator.on_watermark`.
 W3  a window fires at most once per key: it is dropped when it fires, rows that come for it later are late, and the
     watermark is part of the snapshot, so that a closed window does not open again after a restore.
 A3  `WindowOperator.snapshot` copies references to immutable runs; what comes later goes into other runs.
@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rayflow.core.ids import MIN_WATERMARK, CheckpointId
+from rayflow.core.ids import MAX_WATERMARK, MIN_WATERMARK, CheckpointId
 from rayflow.errors import DataError, PlanError, ProtocolError
 from rayflow.operators.aggregates import Aggregate
 from rayflow.operators.base import FrozenState, FrozenTable, Operator, OperatorContext, Output, RestoredState
@@ -199,11 +199,17 @@ class WindowOperator(Operator):
     # ------------------------------------------------------------------------------------------------- windows out
 
     def on_watermark(self, time: int) -> int:
-        """Fire all windows that end at ``time`` or before, in order of their start, and then pass the watermark on."""
+        """Fire all windows that end at ``time`` or before, in order of their start, and then pass the watermark on.
+
+        What is passed on speaks of the event time of the results, which is their window start: the start of the window
+        that holds ``time``, because that window is open and no later result starts before it.
+        """
         if time > self._watermark:
             self._fire(time)
             self._watermark = time
-        return self._watermark
+        if self._watermark in (MIN_WATERMARK, MAX_WATERMARK):
+            return self._watermark
+        return max(MIN_WATERMARK, self._spec.start_of(self._watermark))
 
     def _fire(self, time: int) -> None:
         low = None if self._runs is None else self._runs.low

@@ -203,6 +203,7 @@ def test_watermarks_and_late_rows(
     factory = _factory(partial=combined)
     operator, out = opened(factory)
     watermark, newest = MIN_WATERMARK, None
+    passed_on = MIN_WATERMARK
     on_time: list[tuple[Any, ...]] = []
     late: list[tuple[Any, ...]] = []
     for at, data in enumerate(batches):
@@ -213,9 +214,12 @@ def test_watermarks_and_late_rows(
         newest = max([r[2] for r in data] + ([] if newest is None else [newest]), default=None)
         watermark = watermark if newest is None else max(watermark, newest - delay)
         before = len(out.batches.get(MAIN, []))
-        assert operator.on_watermark(watermark) == watermark
+        passed_before = passed_on
+        passed_on = operator.on_watermark(watermark)
+        assert passed_on == (MIN_WATERMARK if watermark == MIN_WATERMARK else watermark // 10 * 10)
         starts = [_us(r["window_start"]) for r in rows(out.batches.get(MAIN, [])[before:])]
         assert starts == sorted(starts)
+        assert all(s >= passed_before for s in starts), "W1: a result behind the watermark that was passed on"
         assert all(s + 10 <= watermark for s in starts)
         if at == restore_at:
             states = frozen(operator)
@@ -234,7 +238,7 @@ def test_watermarks_and_late_rows(
 def test_a_window_closes_at_its_end_and_not_before() -> None:
     operator, out = opened(_factory())
     operator.process(_simple((1, 9), (1, 10)), 0)
-    assert operator.on_watermark(9) == 9
+    assert operator.on_watermark(9) == 0, "the window from 0 on is open"
     assert MAIN not in out.batches
     operator.on_watermark(10)
     assert [_us(r["window_start"]) for r in rows(out.batches[MAIN])] == [0]
