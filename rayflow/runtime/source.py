@@ -71,6 +71,13 @@ class SourceRunner:
 
     def poll(self) -> pa.RecordBatch | None:
         """The next batch, or None when there is none just now."""
+        while True:
+            batch, done = self._poll_head()
+            # The end of a split without a batch is no reason to wait while there is another one.
+            if batch is not None or not done or not self._queue:
+                return batch
+
+    def _poll_head(self) -> tuple[pa.RecordBatch | None, bool]:
         head = self._queue[0]
         self.position = f"split {head.split_id} at {head.position}"
         try:
@@ -93,7 +100,7 @@ class SourceRunner:
             self._queue[0] = replace(head, position=polled.position)
         if polled.batch is not None and polled.batch.num_rows and self._tracker is not None:
             self._tracker.observe(polled.batch)
-        return polled.batch
+        return polled.batch, polled.done
 
     def unfinished(self) -> tuple[SplitState, ...]:
         return tuple(self._queue)
