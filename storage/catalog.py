@@ -14,6 +14,9 @@ from rayflow.storage.store import Store
 
 VOID_MARK = b'{"void": "the outcome of writing this manifest was unknown when the job recovered; it does not count"}\n'
 
+OFFER = "whole one before it"
+"""In every message that says what else could be restored."""
+
 
 @dataclass(frozen=True, slots=True)
 class CheckpointInfo:
@@ -156,9 +159,9 @@ class CheckpointReader:
             try:
                 if self._whole(checkpoint, directory) is not None:
                     return (
-                        f"The last whole one before it is checkpoint {checkpoint}: name it to go on from there; "
+                        f"The last {OFFER} is checkpoint {checkpoint}: name it to go on from there; "
                         "what was committed after it will then be written again"
                     )
             except CorruptCheckpointError:
                 continue
-        return "There is no whole one before it: bring the file back, or start anew in another directory"
+        return f"There is no {OFFER}: bring the file back, or start anew in another directory"

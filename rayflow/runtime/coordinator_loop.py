@@ -44,6 +44,7 @@ from rayflow.errors import CorruptCheckpointError, DataError, FencedError, State
 from rayflow.operators.base import Committer
 from rayflow.plan import Plan
 from rayflow.runtime.subtask_loop import cause_of
+from rayflow.storage.catalog import OFFER
 from rayflow.storage.checkpoints import CheckpointStore, Incarnation
 from rayflow.storage.failures import is_transient
 
@@ -186,6 +187,8 @@ class CoordinatorRuntime:
         restored = self.outcome.manifest
         if cause is None or restored is None or cause.kind != CorruptCheckpointError.__name__:
             return cause
+        if OFFER in cause.message:
+            return cause  # found while the manifest was read, which tells it
         try:
             offer = self._store.offer_before(restored.checkpoint)
         except StorageError:
