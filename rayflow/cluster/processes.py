@@ -168,7 +168,7 @@ def uncaught(error: BaseException | None) -> bool:
     """Whether the process did not die but raised, in its constructor or in its loop: it would do so again."""
     if error is None or not isinstance(error, ray.exceptions.RayActorError):
         return error is not None
-    return "creation task" in str(error)
+    return bool(getattr(error, "actor_init_failed", False))
 
 
 def _kill(actor: Any) -> None:
