@@ -214,6 +214,11 @@ class AssignEventTime:
     def stateful(self) -> bool:
         return False
 
+    @property
+    def needs_order(self) -> bool:
+        """Whether rows must come in reading order; planning sees to it."""
+        return self.event_time.max_delay_us is not None
+
     def output_schema(self, schema: pa.Schema | None) -> pa.Schema | None:
         if schema is not None:
             check_event_time(schema, self.event_time.column, step="with_event_time")

@@ -65,6 +65,11 @@ class WindowAggregate:
     def stateful(self) -> bool:
         return True
 
+    @property
+    def restores_order(self) -> bool:
+        """Results of one subtask come in the order of their time, whatever was mixed before (see `Plan`)."""
+        return True
+
     def output_schema(self, schema: pa.Schema | None) -> pa.Schema | None:
         """From the schema of the input, rows or partial results; raises `PlanError` if it does not fit."""
         if schema is None:

@@ -147,6 +147,7 @@ def build_plan(name: str, sinks: Sequence[Node], *, parallelism: int, max_parall
         for index, each in enumerate(node.inputs):
             consumers[id(each.node)].append((node, index, each))
     degree = {id(n): _parallelism(n, parallelism, max_parallelism) for n in nodes}
+    _check_reading_order(nodes, degree)
 
     def fused_into(node: Node) -> Node | None:
         """The upstream node whose chain this node continues."""
@@ -191,6 +192,26 @@ def _check_outputs(nodes: Sequence[Node]) -> None:
                 f"{node.where()} writes to {str(path)!r}, where {other.where()} writes already; give each sink a "
                 "place of its own, or union the streams before one sink"
             )
+
+
+def _check_reading_order(nodes: Sequence[Node], degree: Mapping[int, int]) -> None:
+    """A bound on lateness speaks of rows in reading order: where streams were mixed on the way, on-time rows would be
+    dropped as late, more or fewer with every parallelism and schedule. Watermarks that were made before are no problem:
+    they are kept apart by channel (rule W2)."""
+    for node in nodes:
+        if not getattr(node.operator, "needs_order", False):
+            continue
+        below = node
+        while below.inputs and not getattr(below.operator, "restores_order", False):
+            up = below.inputs[0]
+            passed_on = up.exchange.kind == "forward" and degree[id(up.node)] == degree[id(below)]
+            if len(below.inputs) > 1 or up.tag != MAIN_TAG or not (passed_on or up.node.parallelism == 1):
+                raise PlanError(
+                    f"{node.where()} has a max_delay, which speaks of rows in reading order, but {below.where()} mixes "
+                    "the rows of several subtasks or streams; give the event time before that step (event_time= of the "
+                    "source, or with_event_time there), or leave max_delay out"
+                )
+            below = up.node
 
 
 def _parallelism(node: Node, default: int, max_parallelism: int) -> int:
