@@ -20,17 +20,9 @@ from rayflow.flow import Flow
 from rayflow.operators.aggregates import count, first, last, max, mean, min, stddev, sum
 from rayflow.operators.base import Source
 from rayflow.operators.windows import tumbling
+from rayflow.reading import from_arrow, from_generator, read_csv, read_json, read_parquet, read_source
 from rayflow.runtime.results import JobResult, JobStatus, SubtaskInfo
-from rayflow.stream import (
-    KeyedStream,
-    Stream,
-    from_arrow,
-    from_generator,
-    read_csv,
-    read_json,
-    read_parquet,
-    read_source,
-)
+from rayflow.stream import KeyedStream, Stream
 
 __version__ = "0.1.0"
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from rayflow import stream as rf
+import rayflow as rf
 from rayflow.config import JobConfig
 from rayflow.core.coordinator import CoordinatorSettings
 from rayflow.core.restart import RestartSpec

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 import pytest
 
-from rayflow import stream as rf
+import rayflow as rf
 from rayflow.core.events import CheckpointRequested, JobState
 from rayflow.core.messages import CheckpointKind
 from rayflow.core.roster import SubtaskState

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from rayflow import stream as rf
+import rayflow as rf
 from rayflow.core.events import JobState
 from rayflow.core.ids import CheckpointId
 from rayflow.operators.aggregates import count

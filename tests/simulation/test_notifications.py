@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 import pytest
 
-from rayflow import stream as rf
+import rayflow as rf
 from rayflow.core.ids import CheckpointId, SubtaskId
 from rayflow.core.messages import Abort, CommandEnvelope, Complete
 from rayflow.storage.faults import Fault

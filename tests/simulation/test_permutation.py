@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 import pytest
 
-from rayflow import stream as rf
+import rayflow as rf
 from rayflow.core.ids import CheckpointId
 from rayflow.graph import Node
 from rayflow.operators.base import FrozenState, FrozenTable, Operator, RestoredState

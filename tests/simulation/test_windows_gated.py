@@ -9,7 +9,7 @@ from dataclasses import replace
 import pyarrow as pa
 import pytest
 
-from rayflow import stream as rf
+import rayflow as rf
 from rayflow.operators.aggregates import count
 from rayflow.operators.aggregates import sum as sum_of
 from rayflow.operators.windows import tumbling
