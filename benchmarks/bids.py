@@ -1,7 +1,7 @@
 """Bids as Parquet files: the input of the window benchmarks. Deterministic, in order of event time.
 
-Columns: auction, bidder, price (int64) and ts (timestamp[us]). Half of the rows are on 100 hot auctions, the others spread
-evenly over 10,000; 100,000 rows a second of event time.
+Columns: auction, bidder, price (int64) and ts (timestamp[us]). Half of the rows are on 100 hot auctions, the others
+spread evenly over 10,000; 100,000 rows a second of event time.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Tumbling 10 s count/sum/max by auction over Parquet: rayflow on Ray beside DuckDB, same files, same run.
 
-Both read the same files and write their result as Parquet. rayflow: parallelism 2, exactly-once checkpoints every second to
-local disk, measured from the launch of the subtasks to the end of the job (the last commit included). DuckDB: 2 threads.
-Runs alternate and medians are compared, because absolute figures of shared machines are not stable. The cost of checkpoints
-is measured on a longer input, with and without them in turn.
+Both read the same files and write their result as Parquet. rayflow: parallelism 2, exactly-once checkpoints every
+second to local disk, measured from the launch of the subtasks to the end of the job (the last commit included).
+DuckDB: 2 threads. Runs alternate and medians are compared, because absolute figures of shared machines are not
+stable. The cost of checkpoints is measured on a longer input, with and without them in turn.
 """
 
 from __future__ import annotations

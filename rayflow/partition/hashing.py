@@ -251,9 +251,7 @@ def _multiply_mod(a: UInt64Array, b: int) -> UInt64Array:
     return total % prime
 
 
-def _hash_bytes(
-    buffer: pa.Buffer | None, starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]
-) -> UInt64Array:
+def _hash_bytes(buffer: pa.Buffer | None, starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> UInt64Array:
     """Hash byte strings given by where they start in ``buffer`` and how long they are.
 
     The sum over words may be taken in any order: short strings go word by word over all rows, so the loop is
@@ -276,9 +274,7 @@ def _hash_bytes(
         first_words = np.cumsum(counts) - counts
         positions = np.arange(int(counts.sum()), dtype=np.int64)
         positions += np.repeat(_SHORT_WORDS - first_words, counts)
-        mixed = _mixed_words(
-            words, np.repeat(starts[rows], counts), np.repeat(lengths[rows], counts), positions
-        )
+        mixed = _mixed_words(words, np.repeat(starts[rows], counts), np.repeat(lengths[rows], counts), positions)
         sums[rows] += np.add.reduceat(mixed, first_words)
     return _finish(sums, _BYTES)
 

@@ -42,9 +42,7 @@ def subtask_of_group(groups: Int32Array, parallelism: int, max_parallelism: int)
     return (groups.astype(np.int64) * parallelism // max_parallelism).astype(np.int32)
 
 
-def split_batch(
-    batch: pa.RecordBatch, targets: npt.NDArray[np.integer], n: int
-) -> list[pa.RecordBatch | None]:
+def split_batch(batch: pa.RecordBatch, targets: npt.NDArray[np.integer], n: int) -> list[pa.RecordBatch | None]:
     """The rows of each target 0..n-1 in input order (F2); None for a target without rows.
 
     One permutation, one take, then slices without a copy: the parts share one set of buffers, which Arrow IPC
@@ -52,9 +50,7 @@ def split_batch(
     Raises ValueError if there is not one target in [0, n) for every row, because rows would be lost.
     """
     if len(targets) != batch.num_rows:
-        raise ValueError(
-            f"split_batch got {len(targets)} targets for {batch.num_rows} rows; pass one for each row"
-        )
+        raise ValueError(f"split_batch got {len(targets)} targets for {batch.num_rows} rows; pass one for each row")
     if batch.num_rows == 0:
         return [None] * n
     lowest, highest = int(targets.min()), int(targets.max())
