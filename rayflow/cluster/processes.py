@@ -164,11 +164,11 @@ def reason_of(error: BaseException) -> str:
     return found[1].strip() if found else " ".join(text.split())[:300]
 
 
-def uncaught(error: BaseException | None) -> bool:
+def uncaught(error: Any) -> bool:
     """Whether the process did not die but raised, in its constructor or in its loop: it would do so again."""
-    if error is None or not isinstance(error, ray.exceptions.RayActorError):
-        return error is not None
-    return bool(getattr(error, "actor_init_failed", False))
+    if isinstance(error, ray.exceptions.RayActorError):
+        return bool(error.actor_init_failed)
+    return isinstance(error, ray.exceptions.RayTaskError)  # not OutOfMemoryError: Ray has killed the process
 
 
 def _kill(actor: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from rayflow.cluster.processes import reason_of, uncaught
 
@@ -44,3 +44,9 @@ def test_a_loop_that_raised_is_told_like_one_that_could_not_start() -> None:
 def test_words_that_are_not_known_are_kept() -> None:
     assert reason_of(RayActorError(error_msg="gone\nfor good")) == "gone for good"
     assert not uncaught(None)
+
+
+def test_a_process_that_ray_killed_for_its_memory_has_died() -> None:
+    error = OutOfMemoryError("Task was killed due to the node running low on memory.")
+    assert not uncaught(error)
+    assert "low on memory" in reason_of(error)
