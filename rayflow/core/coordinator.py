@@ -222,8 +222,6 @@ class CoordinatorMachine:
         arrival, reports = member.inbox.offer(envelope.attempt, envelope.sequence, envelope.report)
         if arrival is Arrival.OVERFLOW:
             self._fail(FailureCause(f"a report of {envelope.subtask} was lost on its way", kind="ReportLost"), now)
-        if arrival in (Arrival.ACCEPTED, Arrival.HELD):
-            self._roster.seen(member, now)
         heard = _ARRIVED[arrival]
         for report in reports:
             heard = self._reports.handle(member, report, now)
@@ -232,6 +230,8 @@ class CoordinatorMachine:
                 self._fail(cause, now)
             if envelope.attempt != self.attempt or self._outcome is not None:
                 break  # the rest belongs to an attempt that has just ended (C6)
+        if arrival in (Arrival.ACCEPTED, Arrival.HELD):
+            self._roster.seen(member, now)
         return heard
 
     def _tick(self, now: float) -> Heard:

@@ -162,8 +162,14 @@ class Roster:
     # ------------------------------------------------------------------------------------------------- signs of life
 
     def seen(self, member: Member, now: float) -> None:
+        """It has reported, and what it reported has been handled.
+
+        While it resets or launches, heartbeats prove only that its loop turns. They do not count then: a background
+        thread that is stuck in storage, or a command that was lost on its way, would be waited for as long as it beats.
+        """
+        if not member.heard or member.state not in (SubtaskState.RESETTING, SubtaskState.LAUNCHING):
+            member.last_seen = now
         member.heard = True
-        member.last_seen = now
 
     def _silent_until(self, member: Member) -> float:
         patience = self._hang_timeout_s if member.heard else max(self._hang_timeout_s, START_TIMEOUT_S)
