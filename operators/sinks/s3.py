@@ -8,8 +8,6 @@ the server and its encryption, sizes can be equal by chance.
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from rayflow.core.manifest import Json
 from rayflow.errors import CommitLostError, DataError, StorageError
 from rayflow.operators.base import Committer, OperatorContext
 from rayflow.operators.sinks.files import Target
+from rayflow.operators.sinks.spool import Spool
 from rayflow.operators.sources.paths import open_fs
 
 PART_BYTES = 16 * 1024 * 1024
@@ -106,12 +105,12 @@ class S3Target(Target):
 
     def __init__(self, bucket: Bucket) -> None:
         self._bucket = bucket
-        self._spool: str | None = None
+        self._spool: Spool | None = None
 
     def new_path(self, ctx: OperatorContext, seq: int, suffix: str) -> str:
         if self._spool is None:
-            self._spool = tempfile.mkdtemp(prefix="rayflow-spool-")
-        return os.path.join(self._spool, f"{ctx.attempt}-{ctx.subtask}-{seq}{suffix}")
+            self._spool = Spool()
+        return os.path.join(self._spool.path, f"{ctx.attempt}-{ctx.subtask}-{seq}{suffix}")
 
     def prepare(self, path: str, final: str, rows: int) -> Json:
         key, token, nbytes = self._bucket.key(final), uuid.uuid4().hex, os.path.getsize(path)
@@ -136,7 +135,7 @@ class S3Target(Target):
 
     def close(self) -> None:
         if self._spool is not None:
-            shutil.rmtree(self._spool, ignore_errors=True)
+            self._spool.close()
             self._spool = None
 
 
