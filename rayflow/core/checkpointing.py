@@ -80,7 +80,7 @@ class Checkpointing:
         self.unresolved: set[CheckpointId] = set()  # manifest writes sent out, outcome unknown, not superseded
         self.ending: tuple[CheckpointId, CheckpointKind] | None = None  # durable; the job ends when all committed it
         self._committed: dict[SubtaskId, CheckpointId] = {}  # the highest each subtask has answered in this attempt
-        self._deadline = 0.0  # of the pending one; restarts when its manifest write goes out
+        self._deadline = 0.0  # of the pending one; restarts when its manifest write goes out; then of the last commits
         self._last_start = 0.0
         self._last_end = float("-inf")
         self._retry_at = float("-inf")
@@ -140,7 +140,7 @@ class Checkpointing:
         return CheckpointKind.PERIODIC, max(self._last_start + self._times.interval_s, after_pause)
 
     def next_deadline(self) -> float | None:
-        if self.pending is not None:
+        if self.pending is not None or self.ending is not None:
             return self._deadline
         due = self.next_due()
         return None if due is None else due[1]
@@ -241,6 +241,7 @@ class Checkpointing:
         self.unresolved = {n for n in self.unresolved if n > checkpoint}  # older ones are superseded
         if p.kind in _ENDING:
             self.ending = (checkpoint, p.kind)
+            self._deadline = now + self._times.timeout_s
         self._note(CHECKPOINT_COMPLETED, f"{checkpoint} ({p.kind.value}) in {now - p.triggered_at:.3f} s", now)
         self._roster.send_all(Complete(checkpoint))
         self._out.put(Retain(checkpoint))
@@ -267,6 +268,21 @@ class Checkpointing:
             return None
         checkpoint, kind = self.ending
         return kind if all(self._committed.get(m.subtask, 0) >= checkpoint for m in self._roster) else None
+
+    def overdue(self, now: float) -> FailureCause | None:
+        """The last checkpoint is durable, and somebody does not commit it: nothing else would ever notice.
+
+        Another attempt commits what its manifest names before anything else (rule S1).
+        """
+        if self.ending is None or now < self._deadline:
+            return None
+        checkpoint, kind = self.ending
+        missing = [str(m.subtask) for m in self._roster if self._committed.get(m.subtask, 0) < checkpoint]
+        return FailureCause(
+            f"checkpoint {checkpoint} ({kind.value}) is complete, but {', '.join(missing)} did not commit it within "
+            f"{self._times.timeout_s:g} s",
+            kind="CommitTimeout",
+        )
 
     # ------------------------------------------------------------------------------------------------------------ abort
 

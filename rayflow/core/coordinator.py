@@ -283,6 +283,10 @@ class CoordinatorMachine:
             outcome = JobState.STOPPED if over is CheckpointKind.STOP else JobState.FINISHED
             self._clean(outcome, complete=True, now=now)
             return
+        overdue = self._checkpointing.overdue(now)
+        if overdue is not None:
+            self._fail(overdue, now)
+            return
         self._checkpointing.advance(now)
 
     def _died(self, subtasks: tuple[SubtaskId, ...], how: str, now: float) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from rayflow.core.events import JobState, SinksRecovered, StartSubtask, StopSubtask, SubtaskDied
-from rayflow.core.messages import Heartbeat, Ready, Running
-from tests.core.desk import ALL, LAST, MIDDLE_0, SETTINGS, Desk, others, running_desk
+from rayflow.core.events import JobState, RecoverSinks, SinksRecovered, StartSubtask, StopSubtask, SubtaskDied
+from rayflow.core.ids import CheckpointId
+from rayflow.core.messages import Committed, Heartbeat, Ready, Running
+from tests.core.desk import ALL, LAST, MIDDLE_0, SETTINGS, Desk, manifest_of, others, running_desk
 
+SETTINGS_PATIENT = replace(SETTINGS, hang_timeout_s=10_000.0)
 BEAT_S = SETTINGS.hang_timeout_s / 3
 
 
@@ -78,3 +82,28 @@ def test_a_new_process_is_given_time_from_its_first_sign() -> None:
     launched(desk)
     desk.all_report(Running())
     assert desk.state() is JobState.RUNNING
+
+
+def test_a_last_commit_that_never_comes_is_made_by_another_attempt() -> None:
+    """All is durable and no checkpoint is pending: without a deadline the job would wait for ever."""
+    desk = running_desk(SETTINGS_PATIENT)
+    desk.all_ended()
+    desk.complete(1)
+    for subtask in ALL:
+        if subtask != MIDDLE_0:
+            desk.report(subtask, Committed(CheckpointId(1)))
+    desk.wait(SETTINGS.timeout_s - 1.0)
+    assert desk.state() is JobState.RUNNING
+    assert desk.machine.next_deadline() == desk.now + 1.0
+    desk.wait(1.0)
+    assert desk.state() is JobState.RESTARTING
+    assert desk.machine.cause is not None
+    assert "checkpoint 1 (final) is complete, but middle[0] did not commit it" in desk.machine.cause.message
+    desk.wait(2.0)
+    (recover,) = [a for a in _recovered_and_ready(desk) if isinstance(a, RecoverSinks)]
+    assert recover.manifest is not None
+    assert recover.manifest.checkpoint == 1
+
+
+def _recovered_and_ready(desk: Desk) -> list[object]:
+    return [*desk.recovered(manifest_of(1)), *desk.all_report(Ready("address"))]
