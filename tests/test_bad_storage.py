@@ -15,7 +15,7 @@ import pytest
 
 import rayflow as rf
 from rayflow.core.events import JobState
-from rayflow.errors import CorruptCheckpointError, StorageError
+from rayflow.errors import CorruptCheckpointError, JobFailedError, StorageError
 from rayflow.flow import new_run_id
 from rayflow.operators.sinks import parquet
 from rayflow.runtime.coordinator_loop import settings_of
@@ -93,6 +93,22 @@ def test_checkpoints_at_a_server_that_does_not_answer(place: Place, monkeypatch:
     options = {"key": "k", "secret": "s", "endpoint_url": "http://127.0.0.1:1"}
     config = rf.CheckpointConfig("s3://bucket/chk", storage_options=options)
     refused_at_once(place, config, "cannot be reached", "endpoint_url", config.url)
+
+
+def test_output_without_credentials(place: Place, moto_server: S3Server, no_credentials: None) -> None:
+    url = f"{moto_server.bucket()}/out"
+    sink = rows().write_parquet(url, storage_options={"endpoint_url": moto_server.endpoint_url})
+    with pytest.raises(JobFailedError) as caught:
+        rf.Flow("job", sink).run(local=True, checkpoints=place.checkpoints)
+    one_sentence(caught.value, url, "credentials", "storage_options", "nothing committed is lost")
+
+
+def test_an_output_folder_that_cannot_be_one(place: Place) -> None:
+    place.out.write_text("a file")
+    place.fails(rows(), "'.*/out'", "output folder", "exists")
+    place.out.unlink()
+    place.run(rows())
+    assert place.committed() == list(range(N))
 
 
 def test_a_checkpoint_folder_that_cannot_be_one(place: Place) -> None:

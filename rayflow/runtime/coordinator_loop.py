@@ -202,10 +202,7 @@ class CoordinatorRuntime:
             try:
                 return self._recovered(unresolved)
             except Exception as error:
-                fatal: tuple[type, ...] = (DataError, FencedError)
-                if self._incarnation is None and error.__cause__ is not None and not is_transient(error):
-                    # Never could be used: no rights, no bucket, a full disk. A job that has run waits for a remedy.
-                    fatal += (StorageError,)
+                fatal = _fatal(error, first=self._incarnation is None)
                 return RecoveryFailed(cause_of(error, where="recovery", fatal=fatal))
 
         return load
@@ -242,7 +239,8 @@ class CoordinatorRuntime:
                     payloads = () if manifest is None else manifest.committables(operator)
                     committer.recover(payloads, fresh=manifest is None)
             except Exception as error:
-                return SinksFailed(attempt, cause_of(error, where="recovery of sinks", fatal=(DataError, FencedError)))
+                fatal = _fatal(error, first=manifest is None)
+                return SinksFailed(attempt, cause_of(error, where="recovery of sinks", fatal=fatal))
             return SinksRecovered(attempt)
 
         return recover
@@ -312,6 +310,13 @@ class CoordinatorRuntime:
             return JobCleaned()
 
         return clean
+
+
+def _fatal(error: Exception, *, first: bool) -> tuple[type, ...]:
+    """Which errors of a recovery end the job. A place that never could be used (no rights, no bucket, a full disk) ends
+    it the first time; a job that has used it before waits for a remedy."""
+    hopeless = first and error.__cause__ is not None and not is_transient(error)
+    return (DataError, FencedError, StorageError) if hopeless else (DataError, FencedError)
 
 
 def _quietly(function: Callable[..., object], *args: object) -> Callable[[], None]:

@@ -287,6 +287,22 @@ def test_sinks_that_cannot_recover(error: Exception, fatal: bool) -> None:
     assert str(error) in event.cause.message
 
 
+def test_a_place_for_output_that_never_could_be_used_ends_the_job_and_one_that_was_is_waited_for() -> None:
+    denied = PermissionError(errno.EACCES, "Permission denied")
+
+    def recover(committables: Sequence[Any], *, fresh: bool) -> None:
+        raise StorageError("cannot use '/out'") from denied
+
+    desk = Desk()
+    desk.recovered()
+    desk.write(1)
+    desk.rig.committer.recover = recover  # type: ignore[method-assign]
+    first, later = recover_sinks(desk), recover_sinks(desk, desk.runtime.outcome.manifest)
+    assert isinstance(first, SinksFailed)
+    assert isinstance(later, SinksFailed)
+    assert (first.cause.fatal, later.cause.fatal) == (True, False)
+
+
 def test_a_fenced_coordinator_leaves_the_sinks_alone() -> None:
     desk = Desk()
     desk.recovered()
