@@ -111,6 +111,9 @@ class Emitter:
     def _send(self, channel: ChannelId, batch: pa.RecordBatch) -> None:
         nbytes = batch.nbytes
         if nbytes > self._element_bytes:
+            batch = _compact(batch)
+            nbytes = batch.nbytes
+        if nbytes > self._element_bytes:
             if batch.num_rows == 1:
                 raise DataError(
                     f"one row of {nbytes} bytes on {channel} is larger than half the credit of a channel "
@@ -144,3 +147,23 @@ class Emitter:
         self.flush()
         for buffer in self._buffers:
             self._offer(buffer.channel, element)
+
+
+def _compact(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The same rows and types, where a slice would otherwise hold (and send) the values of all rows it was cut from:
+    views and dictionaries."""
+    columns = [_compact_column(column) for column in batch.columns]
+    if all(new is old for new, old in zip(columns, batch.columns, strict=True)):
+        return batch
+    return pa.RecordBatch.from_arrays(columns, schema=batch.schema)
+
+
+def _compact_column(column: pa.Array) -> pa.Array:
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        return column.dictionary_decode().dictionary_encode().cast(kind)
+    if pa.types.is_string_view(kind):
+        return column.cast(pa.large_string()).cast(kind)
+    if pa.types.is_binary_view(kind):
+        return column.cast(pa.large_binary()).cast(kind)
+    return column
