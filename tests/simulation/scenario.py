@@ -96,7 +96,7 @@ class Draw:
             self.words.append(f"arrow({len(rows)} rows, {splits} splits, batches of {batch_rows}, p={parallelism})")
             return rf.from_arrow(table_of(rows), splits=splits, batch_rows=batch_rows, **timing), rows
         edges = [len(rows) * i // splits for i in range(splits + 1)]
-        idle = rng.random() < 0.3
+        idle = rng.random() < 0.3 and len(rows) <= 40 * batch_rows
 
         def generate(split: int, position: int) -> Iterator[pa.RecordBatch | None]:
             part = rows[edges[split] : edges[split + 1]]
@@ -203,7 +203,8 @@ def draw(seed_rng: Random, faults: Faults, new_target: Callable[[], Target], mod
     wait_s = rng.choice((0.0005, 0.002, 0.01))
     interval = rng.choice((1, 1, 3, 3, 10, 30, None))
     settings = CoordinatorSettings(
-        interval_s=None if interval is None else interval * wait_s,
+        # A source that finds nothing sleeps 5 ms: many more checkpoints meanwhile would be all that happens.
+        interval_s=None if interval is None else max(0.002, interval * wait_s),
         timeout_s=rng.choice((1000 * wait_s, 600.0, 600.0)),
         min_pause_s=rng.choice((0.0, 0.0, 0.005)),
         tolerable_failures=rng.choice((0, 1, 3)),
