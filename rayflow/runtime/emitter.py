@@ -104,9 +104,9 @@ class Emitter:
             return
         batches, buffer.batches, buffer.rows = buffer.batches, [], 0
         del self._open[buffer.channel]
-        whole = batches[0] if len(batches) == 1 else pa.concat_batches(batches)
-        for start in range(0, whole.num_rows, self._batch_rows):
-            self._send(buffer.channel, whole.slice(start, self._batch_rows))
+        for whole in _together(batches):
+            for start in range(0, whole.num_rows, self._batch_rows):
+                self._send(buffer.channel, whole.slice(start, self._batch_rows))
 
     def _send(self, channel: ChannelId, batch: pa.RecordBatch) -> None:
         nbytes = batch.nbytes
@@ -147,6 +147,16 @@ class Emitter:
         self.flush()
         for buffer in self._buffers:
             self._offer(buffer.channel, element)
+
+
+def _together(batches: list[pa.RecordBatch]) -> list[pa.RecordBatch]:
+    """One batch, where that can be: small dictionaries (of pandas, say) may have too many values together."""
+    if len(batches) == 1:
+        return batches
+    try:
+        return [pa.concat_batches(batches)]
+    except pa.ArrowInvalid:
+        return batches
 
 
 def _compact(batch: pa.RecordBatch) -> pa.RecordBatch:

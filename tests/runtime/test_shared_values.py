@@ -46,3 +46,15 @@ def test_batches_larger_than_the_credit_are_cut(kind: pa.DataType, parallelism: 
     )
     assert sorted(result.table()["name"].to_pylist()) == NAMES
     assert seen == {str(kind)}
+
+
+def test_dictionaries_with_too_many_values_together_go_one_by_one() -> None:
+    """As pandas makes them: int8 indices as long as one batch has less than 128 values."""
+    small = pa.dictionary(pa.int8(), pa.string())
+
+    def encode(batch: pa.RecordBatch) -> pa.RecordBatch:
+        return pa.record_batch({"name": batch.column("name").dictionary_encode().cast(small)})
+
+    rows = rf.from_arrow(pa.table({"name": NAMES}), batch_rows=50).map_batches(encode).rebalance()
+    result = rf.Flow("small", rows.collect()).run(local=True)
+    assert sorted(result.table()["name"].to_pylist()) == NAMES
