@@ -48,7 +48,11 @@ class LocalCommitter(Committer):
             return
         try:
             for committable in committables:
-                self._publish(committable)
+                try:
+                    self._publish(committable)
+                except FileNotFoundError:
+                    # Another process (a subtask that was thought dead) may have published it between two of our steps.
+                    self._publish(committable)
             _sync(self.folder)
         except OSError as error:
             raise StorageError(f"cannot commit to {self.folder!r}: {error}; nothing committed is lost") from error
