@@ -1,8 +1,9 @@
 """Runs in a row on real Ray, each with SIGKILL at random moments; every output must be that of DuckDB, row for row.
 
 `python -m benchmarks.kill_runs [--local 30] [--s3 10] [--coordinator 5] [--seed S]`. A run is a job of parallelism 2
-(Parquet files -> tumbling windows by auction -> Parquet) with a checkpoint every 200 ms. The seed draws who is killed
-(one to three subtasks, in some runs the coordinator too) and when, as positions in the life of the job: so many
+with a checkpoint every 200 ms: for even seeds Parquet files -> tumbling windows by auction -> Parquet, for odd ones the
+bids themselves from files to files by auction, where every row that is lost or repeated shows. The seed draws who is
+killed (one to three subtasks, in some runs the coordinator too) and when, as positions in the life of the job: so many
 checkpoints after the last recovery, while a checkpoint is under way, while the job recovers from the kill before, when
 its input has ended; then so many looks at its status. A step of user code holds the input back until the kills that
 need a running job are made, so no run depends on the speed of the machine.
@@ -38,16 +39,18 @@ import rayflow as rf
 from benchmarks.bids import make_bids
 from benchmarks.figures import emit
 from benchmarks.places import LocalPlace, Place, s3_place
+from rayflow import col
 from rayflow.cluster.job import Job
 from rayflow.core import timeline
 from rayflow.operators.sources.parquet import ParquetSource
+from rayflow.stream import Stream
 
 PARALLELISM = 2
 ROWS = 1_000_000
 FILES = 8
 BATCH_ROWS = 2_000
 PAUSE_S = 0.05
-"""While the gate is closed each source takes so long for a batch: the input then lasts more than ten seconds."""
+"""While the gate is closed each source takes about so long for a batch: the input then lasts more than ten seconds."""
 WINDOW = "200ms"
 INTERVAL = "200ms"
 JOB = "kill-run"
@@ -111,6 +114,17 @@ class Run:
         return self.identical and not self.leftovers and not self.problem and bool(self.kills)
 
 
+class Shape(Enum):
+    """What is made of the bids: the name of the table that DuckDB holds against it, and its columns."""
+
+    WINDOWS = "windows", "auction, window_start, n, total, highest"
+    BIDS = "bids", "auction, price, ts"
+
+    @classmethod
+    def of(cls, seed: int) -> Shape:
+        return cls.BIDS if seed % 2 else cls.WINDOWS
+
+
 class Bids:
     """The input as files, and what DuckDB makes of them."""
 
@@ -125,22 +139,25 @@ class Bids:
         names = ", ".join("'" + name.replace("'", "''") + "'" for name in self.files)
         self._con = duckdb.connect()
         self._con.execute(
-            f"""create table expected as
+            f"""create table bids as select auction, price, ts from read_parquet([{names}]);
+                create table windows as
                 select auction, time_bucket(interval {WINDOW.removesuffix("ms")} milliseconds, ts) as window_start,
                        count(*) as n, sum(price)::bigint as total, max(price) as highest
-                from read_parquet([{names}]) group by all"""
+                from bids group by all"""
         ).fetchall()
 
-    def expected(self) -> pa.Table:
-        return self._con.sql("from expected").to_arrow_table()
+    def expected(self, shape: Shape) -> pa.Table:
+        table, _ = shape.value
+        return self._con.sql(f"from {table}").to_arrow_table()
 
-    def difference(self, output: pa.Table) -> str:
+    def difference(self, shape: Shape, output: pa.Table) -> str:
         """Empty when the output has exactly the expected rows."""
         self._con.register("output", output)
-        got = "select auction, window_start, n, total, highest from output"
+        table, columns = shape.value
+        got, expected = f"select {columns} from output", f"select {columns} from {table}"
         both = self._con.execute(
-            f"""select (select count(*) from (({got}) except all (from expected))),
-                       (select count(*) from ((from expected) except all ({got})))"""
+            f"""select (select count(*) from (({got}) except all ({expected}))),
+                       (select count(*) from (({expected}) except all ({got})))"""
         ).fetchall()
         self._con.unregister("output")
         more, fewer = both[0]
@@ -148,29 +165,32 @@ class Bids:
 
 
 class HoldBack:
-    """User code that lets batches through slowly until a file is there."""
+    """User code that lets batches through slowly until a file is there; unevenly, so that barriers meet with a gap."""
 
     def __init__(self, gate: str) -> None:
         self._gate = gate
+        self._rng = random.Random()
         self._open = False
 
     def __call__(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         self._open = self._open or os.path.exists(self._gate)
         if not self._open:
-            time.sleep(PAUSE_S)
+            time.sleep(PAUSE_S * self._rng.choice((0.1, 1.0, 2.0)))
         return batch
 
 
-def flow(bids: Bids, gate: Path, place: Place) -> rf.Flow:
+def flow(shape: Shape, bids: Bids, gate: Path, place: Place) -> rf.Flow:
     source = ParquetSource(bids.files, columns=("auction", "price", "ts"), batch_rows=BATCH_ROWS)
-    windows = (
+    keyed = (
         rf.read_source(source, event_time="ts", max_delay="0s", label="read_parquet")
         .map_batches(HoldBack, fn_constructor_args=(str(gate),), schema=source.schema())
         .key_by("auction")
-        .window(rf.tumbling(WINDOW))
-        .agg(n=rf.count(), total=rf.sum("price"), highest=rf.max("price"))
     )
-    return rf.Flow(JOB, windows.write_parquet(place.out, storage_options=place.storage_options))
+    if shape is Shape.BIDS:
+        made: Stream = keyed.filter(col("price") > 0, name="all")
+    else:
+        made = keyed.window(rf.tumbling(WINDOW)).agg(n=rf.count(), total=rf.sum("price"), highest=rf.max("price"))
+    return rf.Flow(JOB, made.write_parquet(place.out, storage_options=place.storage_options))
 
 
 def one_run(seed: int, place: Place, folder: Path, bids: Bids, *, where: str, coordinator: bool) -> Run:
@@ -180,13 +200,14 @@ def one_run(seed: int, place: Place, folder: Path, bids: Bids, *, where: str, co
     gate = folder / "gate"
     job: Job | None = None
     try:
-        job = flow(bids, gate, place).submit(parallelism=PARALLELISM, checkpoints=place.checkpoints(INTERVAL))
+        shape = Shape.of(seed)
+        job = flow(shape, bids, gate, place).submit(parallelism=PARALLELISM, checkpoints=place.checkpoints(INTERVAL))
         for kill in draw_kills(random.Random(seed), coordinator=coordinator):
             _make(kill, job, gate, run)
         gate.touch()
         result = job.wait(PATIENCE_S)
         run.restarts, run.checkpoint = result.restarts, result.checkpoint or 0
-        difference = bids.difference(place.output())
+        difference = bids.difference(shape, place.output())
         run.identical = not difference
         run.problem = difference
         run.leftovers = place.leftovers(JOB)
