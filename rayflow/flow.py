@@ -13,12 +13,12 @@ from rayflow.errors import JobCancelledError, JobFailedError, PlanError
 from rayflow.operators.event_time import check_event_time
 from rayflow.plan import Plan, build_plan
 from rayflow.pushdown import push_projections
+from rayflow.runtime.assembly import JobSpec
 from rayflow.runtime.coordinator_loop import MEMORY_STATE_BYTES, settings_of
 from rayflow.runtime.inprocess import World
 from rayflow.runtime.local import LocalDriver
 from rayflow.runtime.results import JobResult, collected, metrics_of
 from rayflow.runtime.stores import Start, open_stores
-from rayflow.runtime.subtask_loop import JobSpec
 from rayflow.stream import Sink
 
 if TYPE_CHECKING:

@@ -98,13 +98,6 @@ class SnapshotStore:
         metadata = {k: v for k, v in (table.schema.metadata or {}).items() if k != _METADATA}
         return RestoredState(handle.name, table.replace_schema_metadata(metadata or None), handle.meta)
 
-    def delete(self, handle: StateHandle) -> None:
-        """Does nothing, on purpose: only the coordinator deletes (rule C7).
-
-        A subtask that hears `Abort` cannot know whether the manifest is being written at this moment; deleting then
-        could leave a complete checkpoint without its files. `CheckpointStore` discards, retains and sweeps.
-        """
-
     def _by_key_group(
         self, table: pa.Table, key_columns: tuple[str, ...], who: str
     ) -> tuple[pa.Table, tuple[tuple[int, int], ...]]:

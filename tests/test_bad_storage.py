@@ -18,11 +18,11 @@ from rayflow.core.events import JobState
 from rayflow.errors import CorruptCheckpointError, JobFailedError, StorageError
 from rayflow.flow import new_run_id
 from rayflow.operators.sinks import parquet
+from rayflow.runtime.assembly import JobSpec
 from rayflow.runtime.coordinator_loop import settings_of
 from rayflow.runtime.inprocess import World
 from rayflow.runtime.local import LocalDriver
 from rayflow.runtime.stores import open_stores
-from rayflow.runtime.subtask_loop import JobSpec
 from rayflow.storage import local, remote
 from rayflow.storage.checkpoints import CheckpointStore
 from rayflow.storage.faults import flipped

@@ -40,8 +40,8 @@ from rayflow.core.messages import CheckpointKind, CommandEnvelope, FailureCause,
 from rayflow.core.timeline import TimelineEntry
 from rayflow.errors import ClusterError
 from rayflow.runtime.coordinator_loop import MEMORY_STATE_BYTES, CoordinatorRuntime, settings_of
+from rayflow.runtime.failures import cause_of
 from rayflow.runtime.results import JobStatus, SubtaskInfo, metrics_of
-from rayflow.runtime.subtask_loop import cause_of
 
 LINGER_S: Final = 600.0
 """How long the outcome of a job that has ended is kept for a driver; then the coordinator goes by itself."""

@@ -15,8 +15,8 @@ import cloudpickle
 from rayflow.config import CheckpointConfig, JobConfig
 from rayflow.errors import ClusterError, PlanError
 from rayflow.plan import Plan
+from rayflow.runtime.assembly import JobSpec
 from rayflow.runtime.stores import open_stores
-from rayflow.runtime.subtask_loop import JobSpec
 from rayflow.storage.checkpoints import CheckpointStore
 from rayflow.storage.snapshots import SnapshotStore
 

@@ -25,8 +25,9 @@ from rayflow.cluster.inbox import Inbox
 from rayflow.cluster.package import unpack
 from rayflow.core.ids import Attempt, ChannelId, SubtaskId
 from rayflow.core.messages import CommandEnvelope, Element, ReportEnvelope
+from rayflow.runtime.assembly import JobSpec
 from rayflow.runtime.ports import ChannelBroken, CommandArrived, CreditArrived, ElementArrived, SubtaskEvent
-from rayflow.runtime.subtask_loop import JobSpec, SubtaskRuntime, run_subtask
+from rayflow.runtime.subtask_loop import SubtaskRuntime, run_subtask
 
 EXCHANGE_CLOSE_S = 0.2
 """The process is about to be killed: nobody waits long for a peer that does not end its stream."""

@@ -309,7 +309,7 @@ class Checkpointing:
         if tell:
             self.failures_in_a_row += 1
             self._last_reason = reason
-            self._roster.send_all(Abort(p.checkpoint, forget=self._may_discard(begun_writing)))
+            self._roster.send_all(Abort(p.checkpoint))
         if discard and self._may_discard(begun_writing):
             self._out.put(DiscardCheckpoint(p.checkpoint))
 

@@ -81,13 +81,6 @@ class CommitUpTo:
 
 
 @dataclass(frozen=True, slots=True)
-class ForgetCheckpoint:
-    """The checkpoint was aborted: drop what was written for it; what a sink prepared stays for the next one."""
-
-    checkpoint: CheckpointId
-
-
-@dataclass(frozen=True, slots=True)
 class Tell:
     """Report to the coordinator."""
 
@@ -95,16 +88,7 @@ class Tell:
 
 
 SubtaskAction = (
-    Send
-    | ReturnCredit
-    | ProcessData
-    | AdvanceWatermark
-    | TakeSnapshot
-    | Broadcast
-    | FinishInput
-    | CommitUpTo
-    | ForgetCheckpoint
-    | Tell
+    Send | ReturnCredit | ProcessData | AdvanceWatermark | TakeSnapshot | Broadcast | FinishInput | CommitUpTo | Tell
 )
 
 # ------------------------------------------------------------------------------------------ coordinator machine: events

@@ -90,11 +90,10 @@ class Complete:
 
 @dataclass(frozen=True, slots=True)
 class Abort:
-    """The coordinator gave the checkpoint up. With ``forget`` its state files are garbage and may be deleted at once;
-    without, the outcome of its manifest write is unknown, so they must stay until a later manifest supersedes them."""
+    """The coordinator gave the checkpoint up. Nobody deletes anything on it: a manifest write may be under way, and
+    only the coordinator knows (rule C7)."""
 
     checkpoint: CheckpointId
-    forget: bool = True
 
 
 @dataclass(frozen=True, slots=True)

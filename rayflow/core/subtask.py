@@ -19,7 +19,6 @@ from rayflow.core.events import (
     Broadcast,
     CommitUpTo,
     FinishInput,
-    ForgetCheckpoint,
     ProcessData,
     ReturnCredit,
     Send,
@@ -73,8 +72,6 @@ class SubtaskMachine:
         """Newest checkpoint whose snapshot was taken; earlier or equal triggers change nothing."""
         self._uploading: set[CheckpointId] = set()
         self._aborted: set[CheckpointId] = set()
-        self._kept: set[CheckpointId] = set()
-        """Aborted ones whose manifest may be durable all the same; their files stay."""
         self._completed = CheckpointId(0)
         self.input_ended = False
         self.stopped = False
@@ -195,17 +192,14 @@ class SubtaskMachine:
             raise ProtocolError(f"C1: {self.subtask} has no upload under way for checkpoint {checkpoint}")
         self._uploading.discard(checkpoint)
         if checkpoint in self._aborted:
-            return self._forget(checkpoint)
+            return []
         return [Tell(Acknowledge(checkpoint, snapshot))]
 
     def on_upload_failed(self, checkpoint: CheckpointId, reason: str) -> list[SubtaskAction]:
         self._uploading.discard(checkpoint)
         if checkpoint in self._aborted:
-            return self._forget(checkpoint)
+            return []
         return [Tell(Decline(checkpoint, reason))]
-
-    def _forget(self, checkpoint: CheckpointId) -> list[SubtaskAction]:
-        return [] if checkpoint in self._kept else [ForgetCheckpoint(checkpoint)]
 
     def on_complete(self, complete: Complete) -> list[SubtaskAction]:
         """Commit everything up to the checkpoint (rule C2). Told twice, or late, it changes nothing."""
@@ -219,18 +213,11 @@ class SubtaskMachine:
     def on_committed(self, checkpoint: CheckpointId) -> list[SubtaskAction]:
         return [Tell(Committed(checkpoint))]
 
-    def on_abort(self, abort: Abort) -> list[SubtaskAction]:
-        """The coordinator gave the checkpoint up."""
-        checkpoint = abort.checkpoint
-        self._aborted.add(checkpoint)
-        self._aligner.abort(checkpoint)
+    def on_abort(self, abort: Abort) -> None:
+        """The coordinator gave the checkpoint up: end its alignment and acknowledge nothing of it."""
+        self._aborted.add(abort.checkpoint)
+        self._aligner.abort(abort.checkpoint)
         self._gate.unblock()
-        if not abort.forget:
-            self._kept.add(checkpoint)
-            return []
-        if checkpoint in self._uploading or checkpoint > self._snapshotted:
-            return []
-        return [ForgetCheckpoint(checkpoint)]
 
     def check_invariants(self) -> None:
         self._aligner.check_invariants()

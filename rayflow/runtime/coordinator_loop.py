@@ -43,7 +43,7 @@ from rayflow.core.restart import RestartSpec
 from rayflow.errors import CorruptCheckpointError, DataError, FencedError, StateTooLargeError, StorageError
 from rayflow.operators.base import Committer
 from rayflow.plan import Plan
-from rayflow.runtime.subtask_loop import cause_of
+from rayflow.runtime.failures import cause_of
 from rayflow.storage.catalog import OFFER
 from rayflow.storage.checkpoints import CheckpointStore, Incarnation
 from rayflow.storage.failures import is_transient

@@ -16,6 +16,7 @@ from rayflow.core.events import CoordinatorEvent, Reported, SubtaskDied, Tick
 from rayflow.core.ids import Attempt, ChannelId, SubtaskId
 from rayflow.core.messages import CommandEnvelope, Element, Failed, ReportEnvelope
 from rayflow.plan import Plan
+from rayflow.runtime.assembly import JobSpec
 from rayflow.runtime.coordinator_loop import CoordinatorRuntime
 from rayflow.runtime.ports import (
     ChannelBroken,
@@ -25,7 +26,7 @@ from rayflow.runtime.ports import (
     SnapshotStore,
     SubtaskEvent,
 )
-from rayflow.runtime.subtask_loop import JobSpec, SubtaskRuntime
+from rayflow.runtime.subtask_loop import SubtaskRuntime
 from rayflow.storage.checkpoints import CheckpointStore
 
 

@@ -7,20 +7,17 @@ them, do one unit of work. One event is one batch or one control element: Python
 
 from __future__ import annotations
 
-import re
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol, assert_never
 
-from rayflow.config import JobConfig, duration_us
+from rayflow.config import duration_us
 from rayflow.core.events import (
     AdvanceWatermark,
     Broadcast,
     CommitUpTo,
     FinishInput,
-    ForgetCheckpoint,
     ProcessData,
     ReturnCredit,
     Send,
@@ -29,8 +26,7 @@ from rayflow.core.events import (
     Tell,
 )
 from rayflow.core.ids import MAX_WATERMARK, MIN_WATERMARK, Attempt, ChannelId, CheckpointId, SubtaskId, Time
-from rayflow.core.keygroups import key_group_range
-from rayflow.core.manifest import SnapshotStats, StateHandle
+from rayflow.core.manifest import SnapshotStats
 from rayflow.core.messages import (
     Abort,
     Assign,
@@ -39,7 +35,6 @@ from rayflow.core.messages import (
     Complete,
     Element,
     Failed,
-    FailureCause,
     Heartbeat,
     InputEnded,
     Launch,
@@ -56,21 +51,12 @@ from rayflow.core.messages import (
 from rayflow.core.resequence import Resequencer
 from rayflow.core.subtask import SubtaskMachine
 from rayflow.errors import (
-    CommitLostError,
-    CorruptCheckpointError,
-    DataError,
-    ExpressionError,
-    PlanError,
     ProtocolError,
-    SchemaChangedError,
-    StateTooLargeError,
-    StorageError,
-    UserCodeError,
 )
-from rayflow.operators.base import Committer, OperatorContext, RestoredState
-from rayflow.plan import Plan
+from rayflow.runtime.assembly import JobSpec, Parts, inputs_of, outputs_of
 from rayflow.runtime.chain import ChainRunner
-from rayflow.runtime.emitter import Emitter, partitioner_of
+from rayflow.runtime.emitter import Emitter
+from rayflow.runtime.failures import cause_of
 from rayflow.runtime.ports import (
     BackgroundFailed,
     ChannelBroken,
@@ -92,11 +78,6 @@ from rayflow.runtime.uploads import Uploads
 BROKEN_GRACE_S = 3.0
 """A broken channel is usually the shadow of a death that the coordinator hears of first; after this it is a failure."""
 IDLE_POLL_S = 0.005
-FATAL = (CommitLostError, CorruptCheckpointError, PlanError, ProtocolError, SchemaChangedError, StateTooLargeError)
-"""Errors that another attempt cannot mend."""
-_NO_LATER_CHECKPOINT = (CommitLostError, StateTooLargeError, DataError, ProtocolError)
-"""Errors of an upload that the next checkpoint would meet again: declining would retry for ever and never name them."""
-_NAMES_SUBTASK = re.compile(r"step '[^']*' subtask \d+/\d+")
 
 
 class Phase(Enum):
@@ -106,37 +87,6 @@ class Phase(Enum):
     RUNNING = "running"
     FAILED = "failed"
     CLOSED = "closed"
-
-
-@dataclass(frozen=True, slots=True)
-class JobSpec:
-    """What a subtask has to know of its job beside the plan; the same for all of them."""
-
-    plan: Plan
-    config: JobConfig
-    exactly_once: bool
-    run_id: str
-    heartbeat_s: float | None = 1.0
-
-
-def cause_of(error: BaseException, *, where: str, position: str = "", fatal: tuple[type, ...] = ()) -> FailureCause:
-    """The error as it travels to the coordinator. Only faults of data or user code have a position (see `Restart`).
-
-    Errors of the ``fatal`` types, and those that would come back for ever, end the job at once.
-    """
-    root: BaseException = error
-    while isinstance(root, UserCodeError) and root.__cause__ is not None:
-        root = root.__cause__
-    repeatable = isinstance(error, UserCodeError | DataError | ExpressionError)
-    # User code and libraries raise messages of several lines; the traceback keeps them as they are.
-    text = " ".join(line.strip() for line in str(error).splitlines()) or type(error).__name__
-    return FailureCause(
-        message=text if where in text or _NAMES_SUBTASK.match(text) else f"{where}: {text}",
-        kind=type(error).__name__ if root is error else f"{type(error).__name__}({type(root).__name__})",
-        position=position if repeatable else "",
-        traceback="".join(traceback.format_exception(error)),
-        fatal=isinstance(error, FATAL + fatal),
-    )
 
 
 class SubtaskRuntime:
@@ -150,14 +100,8 @@ class SubtaskRuntime:
         self._host = host
         self._store = store
         self._chain_plan = spec.plan.chain(subtask.chain)
-        self._inputs = [
-            c for e in spec.plan.edges_to(subtask.chain) for c in spec.plan.channels(e) if c.target == subtask
-        ]
-        self._outputs = [
-            (e, [c for c in spec.plan.channels(e) if c.source == subtask]) for e in spec.plan.edges_from(subtask.chain)
-        ]
+        self._inputs = inputs_of(spec.plan, subtask)
         self._input_index = {e.index: e.input_index for e in spec.plan.edges_to(subtask.chain)}
-        self._linger_s = duration_us(spec.config.linger) / 1e6
         self._watermark_s = duration_us(spec.config.watermark_interval) / 1e6
         self._commands: Resequencer[Command] = Resequencer(self.attempt)
         self.last_error: Exception | None = None
@@ -248,7 +192,7 @@ class SubtaskRuntime:
             case Complete():
                 self._perform(machine.on_complete(command))
             case Abort():
-                self._perform(machine.on_abort(command))
+                machine.on_abort(command)
             case Assign(splits, no_more):
                 assert self._source is not None
                 self._source.assign(splits, no_more=no_more)
@@ -267,7 +211,7 @@ class SubtaskRuntime:
         self._machine = SubtaskMachine(
             self.subtask,
             inputs=self._inputs,
-            outputs=[c for _, channels in self._outputs for c in channels],
+            outputs=outputs_of(self._spec.plan, self.subtask),
             exactly_once=self._spec.exactly_once,
             credit_bytes=self._spec.config.inflight_bytes,
         )
@@ -291,65 +235,16 @@ class SubtaskRuntime:
     def _launch(self, launch: Launch) -> None:
         if self.phase is not Phase.READY:
             raise ProtocolError(f"{self.subtask} was launched while {self.phase.value}")
-        attempt, plan, config = self.attempt, self._spec.plan, self._spec.config
         self._restored_from = launch.restored_from
-        contexts = {operator.id: self._context(operator.id, operator.title) for operator in self._chain_plan.operators}
-        committers: dict[str, Committer] = {}
-        for operator in self._chain_plan.operators:
-            if operator.is_sink and (committer := operator.factory.committer()) is not None:
-                committers[operator.id] = committer
-        self._uploads = Uploads(self.subtask, self._chain_plan.parallelism, self._store, committers)
-        outputs = [
-            (
-                edge,
-                channels,
-                partitioner_of(
-                    edge, len(channels), max_parallelism=plan.max_parallelism, subtask_index=self.subtask.index
-                ),
-            )
-            for edge, channels in self._outputs
-        ]
-        self._emitter = Emitter(
-            outputs,
-            self._offer,
-            batch_rows=config.batch_rows,
-            linger_s=self._linger_s,
-            credit_bytes=config.inflight_bytes,
-            now=self._host.now,
-        )
-        self._chain = ChainRunner(self._chain_plan.operators, contexts, self._emitter.emit)
-        self._chain.open(self._read_states(launch.states))
-        if self._chain_plan.source is not None:
-            source = self._chain_plan.source
-            self._source = SourceRunner(source, self._context(source.id, source.title))
-        self._host.connect(attempt, {c: launch.addresses[c.target] for _, cs in self._outputs for c in cs})
+        parts = Parts(self._spec, self.subtask, self.attempt, now=self._host.now)
+        self._uploads = parts.uploads(self._store)
+        self._emitter = parts.emitter(self._offer)
+        self._chain = parts.chain(self._emitter)
+        self._chain.open(parts.states(launch.states, self._store))
+        self._source = parts.source()
+        self._host.connect(self.attempt, {c: launch.addresses[c.target] for c in parts.outputs})
         self.phase = Phase.RUNNING
         self._report(Running())
-
-    def _read_states(self, handles: Sequence[StateHandle]) -> dict[str, list[RestoredState]]:
-        groups = self._key_groups()
-        states: dict[str, list[RestoredState]] = {}
-        for handle in handles:
-            restored = self._store.read(handle, groups if handle.keyed else None)
-            states.setdefault(handle.operator, []).append(restored)
-        return states
-
-    def _key_groups(self) -> range:
-        return key_group_range(self.subtask.index, self._chain_plan.parallelism, self._spec.plan.max_parallelism)
-
-    def _context(self, operator: str, title: str) -> OperatorContext:
-        return OperatorContext(
-            job=self._spec.plan.name,
-            run_id=self._spec.run_id,
-            operator=operator,
-            step=title,
-            subtask=self.subtask.index,
-            parallelism=self._chain_plan.parallelism,
-            max_parallelism=self._spec.plan.max_parallelism,
-            attempt=self.attempt,
-            key_groups=self._key_groups(),
-            now=self._host.now,
-        )
 
     @property
     def _since_restore(self) -> str:
@@ -514,8 +409,6 @@ class SubtaskRuntime:
                     self._chain.end()
                 case CommitUpTo(checkpoint):
                     self._commit(checkpoint)
-                case ForgetCheckpoint(checkpoint):
-                    self._forget(checkpoint)
                 case Tell(report):
                     if isinstance(report, InputEnded):
                         # The last word on what this subtask has counted.
@@ -543,48 +436,13 @@ class SubtaskRuntime:
         frozen = self._chain.snapshot(action.checkpoint)
         splits = self._source.unfinished() if self._source is not None else ()
         stats = SnapshotStats(alignment_s=action.alignment_s, sync_s=self._host.now() - began)
-        attempt, checkpoint, uploads, now = self.attempt, action.checkpoint, self._uploads, self._host.now
-
-        def upload() -> SubtaskEvent:
-            if uploads.cancelled:
-                return Nothing()
-            try:
-                return Uploaded(attempt, checkpoint, uploads.upload(checkpoint, frozen, splits, stats, now))
-            except Exception as error:
-                if isinstance(error, _NO_LATER_CHECKPOINT):
-                    return BackgroundFailed(attempt, error)
-                return UploadFailed(attempt, checkpoint, f"{self.subtask}: {type(error).__name__}: {error}")
-
-        self._host.background(upload)
+        self._host.background(
+            self._uploads.upload_task(self.attempt, action.checkpoint, frozen, splits, stats, self._host.now)
+        )
 
     def _commit(self, checkpoint: CheckpointId) -> None:
         assert self._uploads is not None
-        attempt, uploads = self.attempt, self._uploads
-
-        def commit() -> SubtaskEvent:
-            if uploads.cancelled:
-                return Nothing()
-            try:
-                uploads.commit(checkpoint)
-            except Exception as error:
-                return BackgroundFailed(attempt, error)
-            return CommitDone(attempt, checkpoint)
-
-        self._host.background(commit)
-
-    def _forget(self, checkpoint: CheckpointId) -> None:
-        assert self._uploads is not None
-        uploads = self._uploads
-
-        def forget() -> SubtaskEvent:
-            try:
-                uploads.forget(checkpoint)
-            except StorageError:
-                # Garbage that cannot be deleted now is found by the sweep; the job is not worse for it.
-                return Nothing()
-            return Nothing()
-
-        self._host.background(forget)
+        self._host.background(self._uploads.commit_task(self.attempt, checkpoint))
 
 
 class Inbox(Protocol):

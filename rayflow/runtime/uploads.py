@@ -10,13 +10,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from rayflow.core.ids import CheckpointId, SubtaskId
-from rayflow.core.manifest import Committable, SnapshotStats, SplitState, StateHandle, SubtaskSnapshot
+from rayflow.core.ids import Attempt, CheckpointId, SubtaskId
+from rayflow.core.manifest import Committable, SnapshotStats, SplitState, SubtaskSnapshot
 from rayflow.core.manifest import Json as Json
+from rayflow.errors import CommitLostError, DataError, ProtocolError, StateTooLargeError
 from rayflow.operators.base import Committer, FrozenState
-from rayflow.runtime.ports import SnapshotStore
+from rayflow.runtime.ports import (
+    BackgroundFailed,
+    CommitDone,
+    Nothing,
+    SnapshotStore,
+    SubtaskEvent,
+    Uploaded,
+    UploadFailed,
+)
 
 Prepare = Callable[[], Sequence[Json]]
+_NO_LATER_CHECKPOINT = (CommitLostError, StateTooLargeError, DataError, ProtocolError)
+"""Errors of an upload that the next checkpoint would meet again: declining would retry for ever and never name them."""
 
 
 class Uploads:
@@ -32,7 +43,6 @@ class Uploads:
         self._unprepared: list[tuple[CheckpointId, str, Prepare]] = []
         self._prepared: list[tuple[CheckpointId, Committable]] = []
         """Prepared and not known to be committed, oldest first."""
-        self._written: dict[CheckpointId, list[StateHandle]] = {}
         self.cancelled = False
         """Set by the loop thread on a reset: tasks that have not begun do nothing."""
 
@@ -52,10 +62,11 @@ class Uploads:
             done = prepare()
             self._prepared += [(of, Committable(operator, payload)) for payload in done]
             del self._unprepared[0]
-        handles = self._written.setdefault(checkpoint, [])
-        for operator, state in frozen:
-            for table in state.tables:
-                handles.append(self._store.write(checkpoint, operator, self._subtask.index, self._parallelism, table))
+        handles = [
+            self._store.write(checkpoint, operator, self._subtask.index, self._parallelism, table)
+            for operator, state in frozen
+            for table in state.tables
+        ]
         stats = replace(
             stats,
             async_s=now() - began,
@@ -73,9 +84,38 @@ class Uploads:
             if payloads:
                 committer.commit(payloads)
         self._prepared = [(of, c) for of, c in self._prepared if of > checkpoint]
-        self._written = {of: handles for of, handles in self._written.items() if of > checkpoint}
 
-    def forget(self, checkpoint: CheckpointId) -> None:
-        """The checkpoint was aborted: its state files are garbage; what a sink prepared is kept."""
-        for handle in self._written.pop(checkpoint, []):
-            self._store.delete(handle)
+    # ------------------------------------------------------------------------- the same as tasks that end with an event
+
+    def upload_task(
+        self,
+        attempt: Attempt,
+        checkpoint: CheckpointId,
+        frozen: Sequence[tuple[str, FrozenState]],
+        splits: tuple[SplitState, ...],
+        stats: SnapshotStats,
+        now: Callable[[], float],
+    ) -> Callable[[], SubtaskEvent]:
+        def task() -> SubtaskEvent:
+            if self.cancelled:
+                return Nothing()
+            try:
+                return Uploaded(attempt, checkpoint, self.upload(checkpoint, frozen, splits, stats, now))
+            except Exception as error:
+                if isinstance(error, _NO_LATER_CHECKPOINT):
+                    return BackgroundFailed(attempt, error)
+                return UploadFailed(attempt, checkpoint, f"{self._subtask}: {type(error).__name__}: {error}")
+
+        return task
+
+    def commit_task(self, attempt: Attempt, checkpoint: CheckpointId) -> Callable[[], SubtaskEvent]:
+        def task() -> SubtaskEvent:
+            if self.cancelled:
+                return Nothing()
+            try:
+                self.commit(checkpoint)
+            except Exception as error:
+                return BackgroundFailed(attempt, error)
+            return CommitDone(attempt, checkpoint)
+
+        return task

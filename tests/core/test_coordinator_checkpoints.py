@@ -121,7 +121,7 @@ def test_acknowledgements_late_repeated_foreign() -> None:
 def test_a_decline_aborts_and_discards() -> None:
     desk = pending_desk()
     actions = desk.report(LAST, Decline(ONE, "disk full"))
-    assert commands(actions, Abort) == {s: Abort(ONE, forget=True) for s in ALL}
+    assert commands(actions, Abort) == {s: Abort(ONE) for s in ALL}
     assert others(actions) == [DiscardCheckpoint(ONE)]
     assert desk.report(SOURCE_0, Decline(ONE, "me too")) == []
     assert desk.heard("Decline", Heard.STALE) == 1
@@ -154,7 +154,7 @@ def test_files_stay_when_the_outcome_of_the_write_is_unknown() -> None:
     desk = pending_desk()
     desk.acknowledge(1)
     actions = desk.tell(ManifestFailed(ONE, "timed out"))
-    assert commands(actions, Abort) == {s: Abort(ONE, forget=False) for s in ALL}
+    assert commands(actions, Abort) == {s: Abort(ONE) for s in ALL}
     assert others(actions) == []
     assert desk.tell(ManifestFailed(ONE, "again")) == []
     assert desk.tell(ManifestWritten(ONE)) == []  # late: never notified

@@ -9,7 +9,6 @@ from rayflow.core.events import (
     Broadcast,
     CommitUpTo,
     FinishInput,
-    ForgetCheckpoint,
     ProcessData,
     ReturnCredit,
     Send,
@@ -101,21 +100,14 @@ def test_an_upload_that_fails_is_declined() -> None:
     assert m.on_upload_failed(CheckpointId(1), "disk full") == [Tell(Decline(CheckpointId(1), "disk full"))]
 
 
-def test_an_upload_that_ends_after_the_abort_is_forgotten() -> None:
+def test_an_upload_that_ends_after_the_abort_is_not_acknowledged() -> None:
     m = machine()
     m.on_trigger(Trigger(CheckpointId(1), PERIODIC))
-    assert m.on_abort(Abort(CheckpointId(1))) == []
-    assert m.on_uploaded(CheckpointId(1), SubtaskSnapshot(ME)) == [ForgetCheckpoint(CheckpointId(1))]
-
-
-def test_files_of_a_checkpoint_whose_manifest_may_be_durable_are_kept() -> None:
-    m = machine()
-    m.on_trigger(Trigger(CheckpointId(1), PERIODIC))
-    m.on_uploaded(CheckpointId(1), SubtaskSnapshot(ME))
-    assert m.on_abort(Abort(CheckpointId(1), forget=False)) == []
+    m.on_abort(Abort(CheckpointId(1)))
+    assert m.on_uploaded(CheckpointId(1), SubtaskSnapshot(ME)) == []
     m.on_trigger(Trigger(CheckpointId(2), PERIODIC))
-    m.on_uploaded(CheckpointId(2), SubtaskSnapshot(ME))
-    assert m.on_abort(Abort(CheckpointId(2))) == [ForgetCheckpoint(CheckpointId(2))]
+    m.on_abort(Abort(CheckpointId(2)))
+    assert m.on_upload_failed(CheckpointId(2), "disk full") == []
 
 
 def test_an_abort_that_comes_before_the_barrier_stops_the_alignment() -> None:

@@ -188,7 +188,6 @@ class KeptStates:
 
     def __init__(self) -> None:
         self.tables: dict[str, FrozenTable] = {}
-        self.deleted: list[str] = []
         self.error: Exception | None = None
 
     def write(
@@ -206,11 +205,6 @@ class KeptStates:
         if self.error is not None:
             raise self.error
         return RestoredState(handle.name, pa.Table.from_batches(self.tables[str(handle.inline)].batches))
-
-    def delete(self, handle: StateHandle) -> None:
-        self.deleted.append(str(handle.inline))
-        if self.error is not None:
-            raise self.error
 
 
 # ---------------------------------------------------------------------------------------------------------------- host

@@ -24,8 +24,9 @@ from rayflow.core.messages import (
 from rayflow.graph import Exchange
 from rayflow.operators.base import Committer, FrozenState, Operator
 from rayflow.plan import Chain, Edge, Plan, PlannedOperator, PlannedSource
+from rayflow.runtime.assembly import JobSpec
 from rayflow.runtime.ports import CommandArrived, ElementArrived
-from rayflow.runtime.subtask_loop import JobSpec, Phase, SubtaskRuntime
+from rayflow.runtime.subtask_loop import Phase, SubtaskRuntime
 from tests.runtime.fakes import FakeHost, KeptCommitter, KeptStates, ListSource, Log, Logging, LoggingFactory, batch
 
 SRC, MID, OUT = SubtaskId("src", 0), SubtaskId("mid", 0), SubtaskId("out", 0)

@@ -16,12 +16,12 @@ from rayflow.core.ids import Attempt, ChannelId, SubtaskId
 from rayflow.core.messages import CommandEnvelope, Data, Shutdown, Watermark
 from rayflow.operators.base import Committer
 from rayflow.operators.sinks.local import LocalCommitter
+from rayflow.runtime.assembly import JobSpec
 from rayflow.runtime.coordinator_loop import settings_of
 from rayflow.runtime.inprocess import Clock, CoordinatorSide, Slot, SubtaskSide, World
 from rayflow.runtime.local import LocalDriver
 from rayflow.runtime.ports import ChannelBroken, CreditArrived, ElementArrived, Nothing
 from rayflow.runtime.results import collected
-from rayflow.runtime.subtask_loop import JobSpec
 from rayflow.storage.checkpoints import CheckpointStore
 from rayflow.storage.snapshots import SnapshotStore
 from rayflow.storage.store import MemoryStore

@@ -158,16 +158,16 @@ def restore_an_older_manifest() -> Iterator[None]:
 
 @contextmanager
 def drop_aborted_committables() -> Iterator[None]:
-    """S1: what a sink prepared for a checkpoint that was aborted is forgotten with it."""
+    """S1: what a sink prepared for a checkpoint that was aborted is not named by the next one."""
 
     def make(original: Any) -> Any:
-        def forget(self: Uploads, checkpoint: CheckpointId) -> None:
-            original(self, checkpoint)
-            self._prepared = [(of, c) for of, c in self._prepared if of != checkpoint]
+        def upload(self: Uploads, checkpoint: CheckpointId, *args: Any) -> Any:
+            self._prepared = []
+            return original(self, checkpoint, *args)
 
-        return forget
+        return upload
 
-    with replaced(Uploads, "forget", make):
+    with replaced(Uploads, "upload", make):
         yield
 
 

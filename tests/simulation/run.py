@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 from rayflow.core.events import JobState
-from rayflow.runtime.subtask_loop import JobSpec
+from rayflow.runtime.assembly import JobSpec
 from rayflow.storage.retention import PINNED_KINDS
 from tests.simulation.faults import FaultBudget, Faults, Violation
 from tests.simulation.scenario import Mode, Scenario, draw

@@ -33,7 +33,7 @@ class Told:
             match envelope.command:
                 case Complete(checkpoint):
                     self.completed[envelope.subtask, checkpoint] += 1
-                case Abort(checkpoint, _):
+                case Abort(checkpoint):
                     self.aborted[envelope.subtask, checkpoint] += 1
                 case _:
                     pass

@@ -13,11 +13,12 @@ from rayflow.core.events import CancelRequested, CheckpointRequested, Coordinato
 from rayflow.core.ids import Attempt, ChannelId, CheckpointId, SubtaskId
 from rayflow.core.messages import CheckpointKind, CommandEnvelope, Complete, Data, Element, ReportEnvelope
 from rayflow.plan import Plan
+from rayflow.runtime.assembly import JobSpec
 from rayflow.runtime.coordinator_loop import CoordinatorRuntime
 from rayflow.runtime.inprocess import CoordinatorSide, Slot, SubtaskSide, World
 from rayflow.runtime.ports import SnapshotStore as SnapshotPort
 from rayflow.runtime.ports import SubtaskEvent
-from rayflow.runtime.subtask_loop import JobSpec, SubtaskRuntime
+from rayflow.runtime.subtask_loop import SubtaskRuntime
 from rayflow.storage.checkpoints import CheckpointStore
 from rayflow.storage.snapshots import SnapshotStore
 from tests.simulation.faults import Crash, Faults, Violation

@@ -1,0 +1,108 @@
+"""What one attempt of one subtask is made of, built from the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from rayflow.config import JobConfig, duration_us
+from rayflow.core.ids import Attempt, ChannelId, SubtaskId
+from rayflow.core.keygroups import key_group_range
+from rayflow.core.manifest import StateHandle
+from rayflow.operators.base import Committer, OperatorContext, RestoredState
+from rayflow.plan import Plan
+from rayflow.runtime.chain import ChainRunner
+from rayflow.runtime.emitter import Emitter, Offer, partitioner_of
+from rayflow.runtime.ports import SnapshotStore
+from rayflow.runtime.source import SourceRunner
+from rayflow.runtime.uploads import Uploads
+
+
+@dataclass(frozen=True, slots=True)
+class JobSpec:
+    """What a subtask has to know of its job beside the plan; the same for all of them."""
+
+    plan: Plan
+    config: JobConfig
+    exactly_once: bool
+    run_id: str
+    heartbeat_s: float | None = 1.0
+
+
+def inputs_of(plan: Plan, subtask: SubtaskId) -> list[ChannelId]:
+    return [c for edge in plan.edges_to(subtask.chain) for c in plan.channels(edge) if c.target == subtask]
+
+
+def outputs_of(plan: Plan, subtask: SubtaskId) -> list[ChannelId]:
+    return [c for edge in plan.edges_from(subtask.chain) for c in plan.channels(edge) if c.source == subtask]
+
+
+class Parts:
+    """Builds the parts of an attempt; keeps none of them."""
+
+    def __init__(self, spec: JobSpec, subtask: SubtaskId, attempt: Attempt, *, now: Callable[[], float]) -> None:
+        self._spec = spec
+        self._subtask = subtask
+        self._attempt = attempt
+        self._now = now
+        self._plan = spec.plan.chain(subtask.chain)
+        self.outputs = outputs_of(spec.plan, subtask)
+
+    @property
+    def key_groups(self) -> range:
+        return key_group_range(self._subtask.index, self._plan.parallelism, self._spec.plan.max_parallelism)
+
+    def context(self, operator: str, title: str) -> OperatorContext:
+        return OperatorContext(
+            job=self._spec.plan.name,
+            run_id=self._spec.run_id,
+            operator=operator,
+            step=title,
+            subtask=self._subtask.index,
+            parallelism=self._plan.parallelism,
+            max_parallelism=self._spec.plan.max_parallelism,
+            attempt=self._attempt,
+            key_groups=self.key_groups,
+            now=self._now,
+        )
+
+    def uploads(self, store: SnapshotStore) -> Uploads:
+        committers: dict[str, Committer] = {}
+        for operator in self._plan.operators:
+            if operator.is_sink and (committer := operator.factory.committer()) is not None:
+                committers[operator.id] = committer
+        return Uploads(self._subtask, self._plan.parallelism, store, committers)
+
+    def emitter(self, offer: Offer) -> Emitter:
+        plan, config = self._spec.plan, self._spec.config
+        outputs = []
+        for edge in plan.edges_from(self._subtask.chain):
+            channels = [c for c in self.outputs if c.edge == edge.index]
+            partitioner = partitioner_of(
+                edge, len(channels), max_parallelism=plan.max_parallelism, subtask_index=self._subtask.index
+            )
+            outputs.append((edge, channels, partitioner))
+        return Emitter(
+            outputs,
+            offer,
+            batch_rows=config.batch_rows,
+            linger_s=duration_us(config.linger) / 1e6,
+            credit_bytes=config.inflight_bytes,
+            now=self._now,
+        )
+
+    def chain(self, emitter: Emitter) -> ChainRunner:
+        contexts = {operator.id: self.context(operator.id, operator.title) for operator in self._plan.operators}
+        return ChainRunner(self._plan.operators, contexts, emitter.emit)
+
+    def source(self) -> SourceRunner | None:
+        planned = self._plan.source
+        return None if planned is None else SourceRunner(planned, self.context(planned.id, planned.title))
+
+    def states(self, handles: Sequence[StateHandle], store: SnapshotStore) -> dict[str, list[RestoredState]]:
+        """The states by operator; keyed ones hold the rows of this subtask's key groups only (rule K3)."""
+        states: dict[str, list[RestoredState]] = {}
+        for handle in handles:
+            restored = store.read(handle, self.key_groups if handle.keyed else None)
+            states.setdefault(handle.operator, []).append(restored)
+        return states
