@@ -27,9 +27,7 @@ class Figure:
 
     def __post_init__(self) -> None:
         if isinstance(self.value, float) and not math.isfinite(self.value):
-            raise ValueError(
-                f"figure {self.figure!r}: expected a finite value, got {self.value}; report why as text"
-            )
+            raise ValueError(f"figure {self.figure!r}: expected a finite value, got {self.value}; report why as text")
 
     def to_json(self) -> str:
         """The figure as one line, with exactly the keys of `KEYS` in their order."""
