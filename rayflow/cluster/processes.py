@@ -105,7 +105,16 @@ class Processes:
         process = self._running.get(envelope.subtask)
         if process is not None:
             process.told_to_close = process.told_to_close or isinstance(envelope.command, Shutdown)
-            process.actor.command.remote(envelope)
+            call = process.actor.command.remote(envelope)
+            tell, incarnation = self._tell, process.incarnation
+
+            def done(call: Future[Any]) -> None:
+                error = call.exception()
+                if error is not None:
+                    tell(ProcessEnded(envelope.subtask, incarnation, error))
+
+            # A command that did not arrive leaves a gap that its receiver would wait behind for ever.
+            call.future().add_done_callback(done)
 
     def stop(self, subtask: SubtaskId, incarnation: int, *, pid: int | None) -> None:
         """Kill the process; one that was told to shut down is given `CLOSE_GRACE_S` to do so.
@@ -150,8 +159,10 @@ class Processes:
         if process is None or process.incarnation != news.incarnation:
             return None
         del self._running[news.subtask]
-        if not isinstance(news.error, ray.exceptions.RayActorError):
-            _kill(process.actor)  # the loop is over, its process of no use any more
+        if not isinstance(news.error, ray.exceptions.ActorDiedError):
+            # The loop is over, or the process cannot be reached (its node is lost, or only the way there) and may live:
+            # its subtask gets another one, so it must not hold its CPU.
+            _kill(process.actor)
         return "its loop returned" if news.error is None else reason_of(news.error)
 
 
@@ -160,7 +171,7 @@ def reason_of(error: BaseException) -> str:
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
     if uncaught(error):
         return f"it raised {text.splitlines()[-1].strip()}\n{text}"
-    found = re.search(r"The actor is dead because (?:its )?(.+?)(?: Some common causes|\n|$)", text)
+    found = re.search(r"The actor (?:is dead|died) because (?:its )?(.+?)(?: Some common causes|\n|$)", text)
     return found[1].strip() if found else " ".join(text.split())[:300]
 
 
