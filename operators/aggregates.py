@@ -38,10 +38,6 @@ class Aggregate:
     def __repr__(self) -> str:
         return f"{self.kind}({'' if self.column is None else repr(self.column)})"
 
-    @property
-    def needs_event_time(self) -> bool:
-        return self.kind in ("first", "last")
-
     def evaluate(self, batch: pa.RecordBatch) -> Column | None:
         """The values to aggregate, decoded; None for ``count()``."""
         if self.column is None:

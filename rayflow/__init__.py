@@ -16,7 +16,7 @@ from rayflow.errors import (
     UserCodeError,
 )
 from rayflow.expressions import Expr, coalesce, col, lit, when
-from rayflow.flow import Flow
+from rayflow.flow import Flow, attach
 from rayflow.operators.aggregates import count, first, last, max, mean, min, stddev, sum
 from rayflow.operators.base import Source
 from rayflow.operators.windows import tumbling
@@ -50,6 +50,7 @@ __all__ = [
     "Stream",
     "SubtaskInfo",
     "UserCodeError",
+    "attach",
     "coalesce",
     "col",
     "count",

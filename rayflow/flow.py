@@ -14,11 +14,12 @@ from rayflow.operators.event_time import check_event_time
 from rayflow.plan import Plan, build_plan
 from rayflow.pushdown import push_projections
 from rayflow.runtime.assembly import JobSpec
-from rayflow.runtime.coordinator_loop import MEMORY_STATE_BYTES, settings_of
+from rayflow.runtime.coordinator_loop import settings_of
 from rayflow.runtime.inprocess import World
 from rayflow.runtime.local import LocalDriver
 from rayflow.runtime.results import JobResult, collected, metrics_of
 from rayflow.runtime.stores import Start, open_stores
+from rayflow.storage.snapshots import MEMORY_STATE_BYTES_MAX
 from rayflow.stream import Sink
 
 if TYPE_CHECKING:
@@ -131,6 +132,16 @@ def _bounded(config: JobConfig) -> JobConfig:
     return replace(config, restart=replace(config.restart, max_attempts=LOCAL_RESTARTS_MAX))
 
 
+def attach(name: str) -> Job:
+    """Come back to a job that runs on the cluster, by the name of its flow or by `Job.name`.
+
+    Raises `ClusterError` if there is none, or several of that name.
+    """
+    from rayflow.cluster.job import attach
+
+    return attach(name)
+
+
 def new_run_id() -> str:
     return uuid.uuid4().hex[:12]
 
@@ -154,7 +165,7 @@ def run_local(
         checkpoints=store,
         snapshots=snapshots,
         retain=checkpoints.retain if checkpoints else 1,
-        memory_bound=MEMORY_STATE_BYTES if in_memory else None,
+        memory_bound=MEMORY_STATE_BYTES_MAX if in_memory else None,
     )
     LocalDriver(world, on_round=on_round).run()
     outcome, machine = world.coordinator.outcome, world.coordinator.machine

@@ -211,7 +211,7 @@ def check_memory_state(snapshots: Iterable[SubtaskSnapshot], limit: int = MEMORY
         size, largest = max(sizes, key=lambda pair: pair[0])
         raise StateTooLargeError(
             f'state="memory" may hold {limit:,} bytes a job in the coordinator, this checkpoint has {total:,}, most '
-            f"of it ({size:,}) in {_where(largest)}; run with checkpoints at a URL, which keeps state in files"
+            f"of it ({size:,}) in {_where(largest)}; pass CheckpointConfig(url), which keeps state in files"
         )
 
 

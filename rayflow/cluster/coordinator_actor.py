@@ -39,9 +39,10 @@ from rayflow.core.ids import SubtaskId
 from rayflow.core.messages import CheckpointKind, CommandEnvelope, FailureCause, ReportEnvelope
 from rayflow.core.timeline import TimelineEntry
 from rayflow.errors import ClusterError
-from rayflow.runtime.coordinator_loop import MEMORY_STATE_BYTES, CoordinatorRuntime, settings_of
+from rayflow.runtime.coordinator_loop import CoordinatorRuntime, settings_of
 from rayflow.runtime.failures import cause_of
 from rayflow.runtime.results import JobStatus, SubtaskInfo, metrics_of
+from rayflow.storage.snapshots import MEMORY_STATE_BYTES_MAX
 
 LINGER_S: Final = 600.0
 """How long the outcome of a job that has ended is kept for a driver; then the coordinator goes by itself."""
@@ -117,7 +118,7 @@ class CoordinatorProcess:
             store=store,
             retain=package.checkpoints.retain if package.checkpoints else 1,
             host=host,
-            memory_bound=MEMORY_STATE_BYTES if in_memory else None,
+            memory_bound=MEMORY_STATE_BYTES_MAX if in_memory else None,
         )
         host.pid_of = self._pid_here
         with warnings.catch_warnings():

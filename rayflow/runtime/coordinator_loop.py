@@ -47,9 +47,7 @@ from rayflow.runtime.failures import cause_of
 from rayflow.storage.catalog import OFFER
 from rayflow.storage.checkpoints import CheckpointStore, Incarnation
 from rayflow.storage.failures import is_transient
-
-MEMORY_STATE_BYTES = 64 * 1024 * 1024
-"""Bound of ``state="memory"``: snapshots of the whole job held by the coordinator."""
+from rayflow.storage.snapshots import check_memory_state
 
 CHECKPOINT_FIGURES = (
     "checkpoints",
@@ -265,7 +263,8 @@ class CoordinatorRuntime:
 
         def write() -> CoordinatorEvent:
             try:
-                self._check_memory(manifest)
+                if self._memory_bound is not None:
+                    check_memory_state(manifest.subtasks, self._memory_bound)
                 self._store.commit(manifest)
             except FencedError as error:
                 return ManifestFailed(manifest.checkpoint, str(error), fenced=True)
@@ -286,16 +285,6 @@ class CoordinatorRuntime:
             for name in ("sync_s", "async_s", "alignment_s"):
                 key = f"checkpoint_{name}_max"
                 figures[key] = max(figures[key], getattr(stats, name))
-
-    def _check_memory(self, manifest: Manifest) -> None:
-        if self._memory_bound is None:
-            return
-        held = sum(len(h.inline or "") for sub in manifest.subtasks for h in sub.states)
-        if held > self._memory_bound:
-            raise StateTooLargeError(
-                f"the snapshots of job {manifest.job!r} take {held} bytes, which is more than the {self._memory_bound} "
-                'that state="memory" holds; pass CheckpointConfig(url) so that they go to files'
-            )
 
     def _clean_up(self, outcome: JobState, manifest_complete: bool) -> Callable[[], CoordinatorEvent]:
         def clean() -> CoordinatorEvent:

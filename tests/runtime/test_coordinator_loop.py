@@ -384,7 +384,7 @@ def test_state_in_memory_has_a_bound_and_passing_it_ends_the_job() -> None:
     assert isinstance(event, ManifestFailed)
     assert event.fatal is not None
     assert event.fatal.fatal
-    assert "take 1001 bytes" in event.fatal.message
+    assert "this checkpoint has 1,001" in event.fatal.message
     assert "CheckpointConfig(url)" in event.fatal.message
     assert not desk.memory.exists("chk-00000002/manifest.json")
     unbound = Desk()
