@@ -211,7 +211,5 @@ def test_what_is_allowed_passes(module: str, source: str) -> None:
 def test_building_a_flow_does_not_import_ray() -> None:
     """`import rayflow` is what a laptop without a cluster, and `flow.run(local=True)`, pay for."""
     probe = "import sys, rayflow; sys.exit('ray was imported' if 'ray' in sys.modules else 0)"
-    done = subprocess.run(
-        [sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

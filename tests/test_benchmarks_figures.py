@@ -61,13 +61,9 @@ def test_other_lines_are_not_figures(line: str) -> None:
     assert parse(line) is None
 
 
-def test_figures_are_streamed_and_prose_goes_to_stderr(
-    scripts: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_figures_are_streamed_and_prose_goes_to_stderr(scripts: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (scripts / "good.py").write_text(
-        "from benchmarks.figures import emit\n"
-        "print('warming up')\n"
-        "emit('rows', 5, 'rows/s', bar='>= 1', ok=True)\n"
+        "from benchmarks.figures import emit\nprint('warming up')\nemit('rows', 5, 'rows/s', bar='>= 1', ok=True)\n"
     )
     run = bench.run_module("good", package="scripted")
     assert run == bench.ModuleRun("good", (Figure("rows", 5, "rows/s", ">= 1", True),), 0)
@@ -85,9 +81,7 @@ def test_figures_are_streamed_and_prose_goes_to_stderr(
         ("emit('rows', 5, 'rows/s', bar='>= 9', ok=False)", None),
     ],
 )
-def test_a_crash_a_silence_and_a_missed_bar_fail_the_run(
-    scripts: Path, body: str, failure: str | None
-) -> None:
+def test_a_crash_a_silence_and_a_missed_bar_fail_the_run(scripts: Path, body: str, failure: str | None) -> None:
     (scripts / "bad.py").write_text(f"from benchmarks.figures import emit\n{body}\n")
     run = bench.run_module("bad", package="scripted")
     assert not bench.passed([run])

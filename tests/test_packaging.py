@@ -40,11 +40,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def modules_of(folder: str) -> set[str]:
-    return {
-        f"rayflow/{path.relative_to(ROOT).as_posix()}"
-        for path in (ROOT / folder).rglob("*.py")
-        if path.is_file()
-    }
+    return {f"rayflow/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / folder).rglob("*.py") if path.is_file()}
 
 
 def expected_files() -> set[str]:

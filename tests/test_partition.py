@@ -156,9 +156,7 @@ def test_coarser_instants_hash_as_nanoseconds_even_far_outside_their_range(
     assert hashes(ticks, pa.timestamp(name)) == [reference_instant(t * nanos, 5) for t in ticks]
 
 
-@pytest.mark.parametrize(
-    "kind", [pa.int8(), pa.int16(), pa.int32(), pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64()]
-)
+@pytest.mark.parametrize("kind", [pa.int8(), pa.int16(), pa.int32(), pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64()])
 def test_the_same_number_hashes_the_same_in_every_width(kind: pa.DataType) -> None:
     values = [0, 1, 100, 127] if pa.types.is_unsigned_integer(kind) else [-128, -1, 0, 1, 127]
     assert hashes(values, kind) == hashes(values, pa.int64())
@@ -170,9 +168,7 @@ def test_floats_of_every_width_and_the_two_zeros_and_all_nans_agree() -> None:
     zero, minus_zero, *_, nan, minus_nan = hashes(values, pa.float64())
     assert zero == minus_zero
     assert nan == minus_nan
-    odd_nan = pa.Array.from_buffers(
-        pa.float64(), 1, [None, pa.py_buffer(struct.pack("<Q", 0xFFF0000000000123))]
-    )
+    odd_nan = pa.Array.from_buffers(pa.float64(), 1, [None, pa.py_buffer(struct.pack("<Q", 0xFFF0000000000123))])
     assert hash_columns([odd_nan]).tolist() == [nan]
 
 
@@ -183,9 +179,7 @@ def test_equal_instants_agree_over_units_and_zones_and_dates_over_widths() -> No
     for unit in ("s", "ms", "us", "ns"):
         assert hashes([moment], pa.timestamp(unit, "UTC")) == expected
         assert hashes([moment], pa.timestamp(unit, "America/New_York")) == expected
-        assert hashes([timedelta(seconds=-3)], pa.duration(unit)) == hashes(
-            [timedelta(seconds=-3)], pa.duration("s")
-        )
+        assert hashes([timedelta(seconds=-3)], pa.duration(unit)) == hashes([timedelta(seconds=-3)], pa.duration("s"))
     day = date(1969, 12, 30)
     assert hashes([day], pa.date64()) == hashes([day], pa.date32())
     noon = time(12, 30)
@@ -206,9 +200,7 @@ def test_encodings_and_extension_types_hash_as_their_values() -> None:
     fixed = pa.array(raw, pa.binary(16))
     assert hash_columns([fixed]).tolist() == hashes(raw, pa.binary())
     assert hash_columns([fixed.slice(1)]).tolist() == [NULL_HASH]
-    assert hash_columns([pa.ExtensionArray.from_storage(pa.uuid(), fixed)]).tolist() == hashes(
-        raw, pa.binary()
-    )
+    assert hash_columns([pa.ExtensionArray.from_storage(pa.uuid(), fixed)]).tolist() == hashes(raw, pa.binary())
 
 
 @pytest.mark.parametrize(
@@ -239,9 +231,7 @@ def test_what_stands_in_the_slot_of_a_null_does_not_matter() -> None:
 def test_several_columns_fold_in_their_order() -> None:
     a, b, c = pa.array([1, 2, None]), pa.array(["x", None, "z"]), pa.array([True, False, True])
     rows = zip([1, 2, None], ["x", None, "z"], [True, False, True], strict=True)
-    assert hash_columns([a, b, c]).tolist() == [
-        fold(reference(x), reference(y), reference(z)) for x, y, z in rows
-    ]
+    assert hash_columns([a, b, c]).tolist() == [fold(reference(x), reference(y), reference(z)) for x, y, z in rows]
     assert hash_columns([a, b]).tolist() != hash_columns([b, a]).tolist()
     assert hash_columns([a]).tolist() == [reference(1), reference(2), NULL_HASH]
 
@@ -267,9 +257,7 @@ GOLDEN_VALUES: list[tuple[pa.Array, int]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("column", "expected"), GOLDEN_VALUES, ids=lambda v: str(v.type) if hasattr(v, "type") else ""
-)
+@pytest.mark.parametrize(("column", "expected"), GOLDEN_VALUES, ids=lambda v: str(v.type) if hasattr(v, "type") else "")
 def test_golden_values_never_change(column: pa.Array, expected: int) -> None:
     """A failure here means that old checkpoints would restore to wrong key groups: raise HASH_VERSION."""
     assert int(hash_columns([column])[0]) == expected
@@ -364,9 +352,7 @@ def numbered(rows: int) -> pa.RecordBatch:
 
 
 @settings(deadline=None)
-@given(
-    st.integers(1, 300).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.integers(0, n - 1), max_size=60)))
-)
+@given(st.integers(1, 300).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.integers(0, n - 1), max_size=60))))
 def test_split_keeps_every_row_once_and_in_order(case: tuple[int, list[int]]) -> None:
     n, targets = case
     batch = numbered(len(targets))

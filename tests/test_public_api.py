@@ -27,7 +27,7 @@ README = Path(__file__).resolve().parent.parent / "README.md"
 SOURCES = {"from_arrow", "from_generator", "read_csv", "read_json", "read_parquet", "read_source", "Source"}
 EXPRESSIONS = {"coalesce", "col", "lit", "when", "Expr"}
 AGGREGATES = {"count", "first", "last", "max", "mean", "min", "stddev", "sum"}
-RUNNING = {"CheckpointConfig", "Flow", "JobConfig", "JobResult", "JobStatus", "Restart", "SubtaskInfo"}
+RUNNING = {"CheckpointConfig", "Flow", "JobConfig", "JobResult", "JobStatus", "Restart", "SubtaskInfo", "attach"}
 STREAMS = {"KeyedStream", "Stream", "tumbling"}
 ERRORS = {
     "ClusterError", "CommitLostError", "ConfigError", "CorruptCheckpointError", "DataError", "FencedError",
