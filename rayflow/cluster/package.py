@@ -12,7 +12,7 @@ from typing import Final
 
 import cloudpickle
 
-from rayflow.config import CheckpointConfig, JobConfig
+from rayflow.config import CheckpointConfig, JobConfig, duration_us
 from rayflow.errors import ClusterError, PlanError
 from rayflow.plan import Plan
 from rayflow.runtime.assembly import JobSpec
@@ -23,6 +23,8 @@ from rayflow.storage.snapshots import SnapshotStore
 SLICE_BYTES: Final = 64 * 1024
 KEPT_BYTES_MAX: Final = 8 * 1024 * 1024
 """Ray inlines at most 10 MB of arguments in all; a larger job cannot be restarted once its driver has left."""
+
+HEARTBEAT_S_MAX: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,10 @@ class JobPackage:
 
     def spec(self) -> JobSpec:
         exactly_once = self.checkpoints is None or self.checkpoints.mode == "exactly_once"
-        return JobSpec(self.plan, self.config, exactly_once, self.run_id)
+        # Several signs of life within the time after which a silent subtask counts as hung, or healthy ones are killed.
+        hang_timeout_s = duration_us(self.config.hang_timeout) / 1e6
+        heartbeat_s = min(HEARTBEAT_S_MAX, hang_timeout_s / 4)
+        return JobSpec(self.plan, self.config, exactly_once, self.run_id, heartbeat_s)
 
     def open_stores(self) -> tuple[CheckpointStore, SnapshotStore, bool]:
         return open_stores(self.plan, self.config, self.checkpoints, start="latest")
