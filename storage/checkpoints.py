@@ -176,7 +176,8 @@ class CheckpointStore(CheckpointReader):
         self._unsettled.add(manifest.checkpoint)
         self._write_manifest(manifest)
         self._check_not_fenced()
-        self._unsettled.discard(manifest.checkpoint)
+        # Older ones are superseded, whatever became of them: a recovery takes the newest.
+        self._unsettled = {n for n in self._unsettled if n > manifest.checkpoint}
 
     def _write_manifest(self, manifest: Manifest) -> None:
         path, data = manifest_path(manifest.checkpoint), encode(manifest)

@@ -280,6 +280,30 @@ def test_a_failed_commit_is_decided_before_anything_is_restored(fault: Fault) ->
     assert later.checkpoint == found.manifest.checkpoint
 
 
+@pytest.mark.parametrize("fault", [Fault.FAIL, Fault.FAIL_AFTER, Fault.HALF])
+def test_a_failed_commit_that_a_later_one_superseded_is_not_asked_for_again(fault: Fault) -> None:
+    """Its place may be out of order for ever: the recovery of a job that has gone on since must not wait for it."""
+    inner = MemoryStore()
+    script: list[Fault] = [fault]
+
+    def broken(operation: str, path: str) -> Fault | None:
+        if path != manifest_path(2) or not operation.startswith("put"):
+            return None
+        return script.pop() if script else Fault.FAIL
+
+    mine = coordinator(FaultyStore(inner, broken))
+    incarnation = mine.claim()
+    mine.commit(make_manifest(inner, incarnation, 1))
+    with pytest.raises(StorageError):
+        mine.commit(make_manifest(inner, incarnation, 2))
+    mine.commit(make_manifest(inner, incarnation, 3))
+    found = mine.latest(incarnation)
+    assert found.manifest is not None
+    assert found.manifest.checkpoint == 3
+    mine.retain(CheckpointId(3), 1)
+    assert checkpoint_paths(inner) == [manifest_path(3), STATE.format(3)]
+
+
 def test_what_was_given_up_cannot_be_committed_later() -> None:
     inner = MemoryStore()
     mine, incarnation = started(inner, 1)
