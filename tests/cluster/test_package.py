@@ -10,6 +10,7 @@ import pytest
 import rayflow as rf
 from rayflow.cluster.package import KEPT_BYTES_MAX, SLICE_BYTES, JobPackage, pack, slices_of, unpack
 from rayflow.cluster.resources import check_fits, cpus_needed, cpus_per_subtask
+from rayflow.config import duration_us
 from rayflow.plan import Plan
 from rayflow.stream import Stream
 
@@ -87,3 +88,12 @@ def test_only_files_survive_the_coordinator(tmp_path: Path) -> None:
     assert package(plan, files).durable
     assert not package(plan, files, state="memory").durable
     assert not package(plan).durable
+
+
+@pytest.mark.parametrize("hang_timeout", ["100ms", "500ms", "1s", "4s", "60s"])
+def test_a_subtask_gives_several_signs_of_life_before_it_counts_as_hung(hang_timeout: str) -> None:
+    """With one a second, a healthy job with a hang_timeout of half a second lost its processes again and again."""
+    made = package(chains(1, 1), hang_timeout=hang_timeout)
+    heartbeat_s = made.spec().heartbeat_s
+    assert heartbeat_s is not None
+    assert 3 * heartbeat_s < duration_us(made.config.hang_timeout) / 1e6
