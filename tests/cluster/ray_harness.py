@@ -7,10 +7,13 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 
 from rayflow.cluster.job import Job
+from rayflow.core.manifest import Manifest, SplitState, decode
+from rayflow.storage.layout import manifest_path
 
 PATIENCE_S = 60.0
 
@@ -60,3 +63,37 @@ def subtask_processes() -> list[int]:
             if "SubtaskProcess" in "".join(process.cmdline()[:1]) and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process.pid)
     return found
+
+
+def told(job: Job, what: str) -> list[str]:
+    """Details of the timeline entries of that name."""
+    return [e.detail for e in job.timeline() if e.what == what]
+
+
+def pid_of(job: Job, step: str, index: int = 0) -> int:
+    """Of the subtask whose chain has ``step`` in its title."""
+    (pid,) = [s.pid for s in job.subtasks() if step in s.step and s.index == index]
+    return pid
+
+
+def kill_and_recover(job: Job, pid: int) -> None:
+    attempt = job.status().attempt
+    kill(pid)
+    recovered(job, attempt)
+
+
+def visible(out: Path) -> list[Path]:
+    """Committed files, in the order in which each subtask made them."""
+    return sorted(out.glob("*.parquet"))
+
+
+def newest(job: Job, tmp_path: Path) -> Manifest:
+    """The newest checkpoint's manifest, from its file."""
+    path = manifest_path(job.checkpoints()[0].checkpoint)
+    (file,) = (tmp_path / "checkpoints").glob(f"*/{path}")
+    return decode(file.read_bytes(), path=path)
+
+
+def splits_of(manifest: Manifest) -> list[SplitState]:
+    """Those that are not read to their end."""
+    return [*manifest.pending_splits, *(split for subtask in manifest.subtasks for split in subtask.splits)]
