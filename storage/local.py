@@ -113,6 +113,10 @@ class LocalDriver:
             if not folder:
                 raise
             return
+        if not entries:
+            # A writer was killed before it had filled the folder. It is no object, so only here is it ever seen; a
+            # writer that is alive makes it anew.
+            self._remove_empty(folder)
         for entry in entries:
             path = f"{folder}/{entry.name}" if folder else entry.name
             if entry.is_dir(follow_symlinks=False):

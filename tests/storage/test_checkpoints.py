@@ -427,6 +427,15 @@ def test_sweep_leaves_nothing_unnamed_and_nothing_of_others_touched(tmp_path: Pa
     assert mine.verify(CheckpointId(2)) == []
 
 
+def test_sweep_removes_the_folder_of_a_writer_that_was_killed_before_it_wrote(tmp_path: Path) -> None:
+    """Found by seed 524 of benchmarks/kill_runs.py: an orphan of a killed coordinator had made it and no more."""
+    store = ObjectStore(str(tmp_path))
+    mine, _ = started(store, 1)
+    (tmp_path / "chk-00000002").mkdir()
+    mine.sweep(1)
+    assert sorted(p.name for p in tmp_path.glob("chk-*")) == ["chk-00000001"]
+
+
 def test_sweep_without_any_complete_checkpoint_leaves_no_files() -> None:
     store = MemoryStore()
     mine, _ = started(store)
