@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
@@ -166,6 +167,7 @@ def run_local(
         snapshots=snapshots,
         retain=checkpoints.retain if checkpoints else 1,
         memory_bound=MEMORY_STATE_BYTES_MAX if in_memory else None,
+        wall_time=time.time,
     )
     LocalDriver(world, on_round=on_round).run()
     outcome, machine = world.coordinator.outcome, world.coordinator.machine
