@@ -70,9 +70,10 @@ def test_what_is_left_in_a_local_place_is_seen(tmp_path: Path) -> None:
     chk = tmp_path / "checkpoints" / "job" / "chk-00000007"
     chk.mkdir(parents=True)
     assert place.leftovers("job") == [str(out / "_rayflow"), str(chk)]
+    chk.mkdir(parents=True, exist_ok=True)  # the listing has removed it: an empty folder is no object
     (chk / "window-0.runs.arrow").write_bytes(b"x")
     shared = tmp_path / "checkpoints" / "job" / "shared"
-    shared.mkdir()
+    shared.mkdir(parents=True)
     (shared / "abc.arrow").write_bytes(b"x")
     assert place.leftovers("job")[1:] == ["chk-00000007/window-0.runs.arrow", "shared/abc.arrow"]
 
