@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import Any, Literal
 
 from rayflow.core.keygroups import DEFAULT_MAX_PARALLELISM
+from rayflow.core.restart import RestartSpec
 from rayflow.errors import ConfigError
 
 Duration = str | timedelta | int | float
@@ -75,19 +76,8 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class Restart:
+class Restart(RestartSpec):
     """How a failed job is restarted. Use the constructors `exponential`, `fixed` and `none`."""
-
-    strategy: Literal["exponential", "fixed", "none"] = "exponential"
-    initial_s: float = 1.0
-    factor: float = 1.5
-    max_s: float = 60.0
-    reset_after_s: float = 300.0
-    """Exponential: a job that ran this long without failing starts again from ``initial_s``."""
-    max_attempts: int | None = None
-    """Restarts allowed before the job ends with the last cause; None: no bound."""
-    same_failure_limit: int = 3
-    """The same exception at the same position this many times in a row ends the job with it."""
 
     @staticmethod
     def exponential(

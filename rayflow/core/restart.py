@@ -26,15 +26,18 @@ HEALTHY_CHECKPOINTS: Final = 3
 
 @dataclass(frozen=True, slots=True)
 class RestartSpec:
-    """The plain numbers of `rayflow.config.Restart`, which lies above this layer."""
+    """The numbers of a restart strategy; `rayflow.config.Restart` is this with constructors that take durations."""
 
     strategy: Literal["exponential", "fixed", "none"] = "exponential"
     initial_s: float = 1.0
     factor: float = 1.5
     max_s: float = 60.0
     reset_after_s: float = 300.0
+    """Exponential: a job that ran this long without failing starts again from ``initial_s``."""
     max_attempts: int | None = None
+    """Restarts allowed before the job ends with the last cause; None: no bound."""
     same_failure_limit: int = 3
+    """The same exception at the same position this many times in a row ends the job with it."""
 
 
 @dataclass(frozen=True, slots=True)

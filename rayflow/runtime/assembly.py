@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from rayflow.config import JobConfig, duration_us
@@ -10,7 +10,7 @@ from rayflow.core.ids import Attempt, ChannelId, SubtaskId
 from rayflow.core.keygroups import key_group_range
 from rayflow.core.manifest import StateHandle
 from rayflow.operators.base import Committer, OperatorContext, RestoredState
-from rayflow.plan import Plan
+from rayflow.plan import Plan, PlannedOperator
 from rayflow.runtime.chain import ChainRunner
 from rayflow.runtime.emitter import Emitter, Offer, partitioner_of
 from rayflow.runtime.ports import SnapshotStore
@@ -35,6 +35,12 @@ def inputs_of(plan: Plan, subtask: SubtaskId) -> list[ChannelId]:
 
 def outputs_of(plan: Plan, subtask: SubtaskId) -> list[ChannelId]:
     return [c for edge in plan.edges_from(subtask.chain) for c in plan.channels(edge) if c.source == subtask]
+
+
+def committers_of(operators: Iterable[PlannedOperator]) -> dict[str, Committer]:
+    """Committers by operator id, of those sinks that need one."""
+    made = {o.id: o.factory.committer() for o in operators if o.is_sink}
+    return {operator: committer for operator, committer in made.items() if committer is not None}
 
 
 class Parts:
@@ -67,11 +73,7 @@ class Parts:
         )
 
     def uploads(self, store: SnapshotStore) -> Uploads:
-        committers: dict[str, Committer] = {}
-        for operator in self._plan.operators:
-            if operator.is_sink and (committer := operator.factory.committer()) is not None:
-                committers[operator.id] = committer
-        return Uploads(self._subtask, self._plan.parallelism, store, committers)
+        return Uploads(self._subtask, self._plan.parallelism, store, committers_of(self._plan.operators))
 
     def emitter(self, offer: Offer) -> Emitter:
         plan, config = self._spec.plan, self._spec.config

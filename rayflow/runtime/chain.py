@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
 
 import pyarrow as pa
 
@@ -21,28 +22,42 @@ from rayflow.plan import PlannedOperator
 EmitBatch = Callable[[pa.RecordBatch, str], None]
 
 
+class _Blame:
+    """Around every call of an operator: what is not an error of rayflow's own leaves it under the operator's name.
+
+    An error travels up through the calls of all operators before it, and the innermost name stays.
+    """
+
+    __slots__ = ("_where",)
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, Exception) and not isinstance(error, RayflowError):
+            raise UserCodeError(f"{self._where} raised {type(error).__name__}: {error}") from error
+
+
 class _Link:
     """The output of one operator: the input of the next, or for side outputs and the last one the exchange."""
 
-    __slots__ = ("_emit", "_guard", "_next")
+    __slots__ = ("_emit", "_following")
 
-    def __init__(self, following: Operator | None, guard: Callable[[Exception], Exception], emit: EmitBatch) -> None:
-        self._next = following
-        self._guard = guard
+    def __init__(self, following: tuple[_Blame, Operator] | None, emit: EmitBatch) -> None:
+        self._following = following
         self._emit = emit
 
     def emit(self, batch: pa.RecordBatch, tag: str = MAIN) -> None:
         if batch.num_rows == 0:
             return
-        if self._next is None or tag != MAIN:
+        if self._following is None or tag != MAIN:
             self._emit(batch, tag)
             return
-        try:
-            self._next.process(batch, 0)
-        except RayflowError:
-            raise
-        except Exception as error:
-            raise self._guard(error) from error
+        blame, operator = self._following
+        with blame:
+            operator.process(batch, 0)
 
 
 class ChainRunner:
@@ -55,68 +70,44 @@ class ChainRunner:
         self._contexts = contexts
         self._emit = emit
         self._operators: list[Operator] = []
+        self._guarded: list[tuple[_Blame, Operator]] = []
         self._head: Output | None = None
         self.watermark = MIN_WATERMARK
 
     def open(self, states: Mapping[str, Sequence[RestoredState]]) -> None:
         """Build, open and restore every operator, the last one first, so that none emits into a closed one."""
         self._operators = [p.factory.build() for p in self._planned]
-        following: Operator | None = None
-        for planned, operator in reversed(list(zip(self._planned, self._operators, strict=True))):
-            guard = self._guard_of(None if following is None else self._after(planned))
-            try:
-                operator.open(self._contexts[planned.id], _Link(following, guard, self._emit))
+        blames = [_Blame(str(self._contexts[p.id])) for p in self._planned]
+        self._guarded = list(zip(blames, self._operators, strict=True))
+        following: tuple[_Blame, Operator] | None = None
+        for planned, (blame, operator) in reversed(list(zip(self._planned, self._guarded, strict=True))):
+            with blame:
+                operator.open(self._contexts[planned.id], _Link(following, self._emit))
                 operator.restore(states.get(planned.id, ()))
-            except RayflowError:
-                raise
-            except Exception as error:
-                raise self._guard_of(planned)(error) from error
-            following = operator
-        first = self._planned[0] if self._planned else None
-        self._head = _Link(following, self._guard_of(first), self._emit)
-
-    def _after(self, planned: PlannedOperator) -> PlannedOperator:
-        return self._planned[self._planned.index(planned) + 1]
-
-    def _guard_of(self, planned: PlannedOperator | None) -> Callable[[Exception], Exception]:
-        def guard(error: Exception) -> Exception:
-            where = str(self._contexts[planned.id]) if planned is not None else "the exchange"
-            return UserCodeError(f"{where} raised {type(error).__name__}: {error}")
-
-        return guard
+            following = (blame, operator)
+        self._head = _Link(following, self._emit)
 
     def process(self, batch: pa.RecordBatch, input_index: int) -> None:
         if input_index == 0 or not self._operators:
             assert self._head is not None
             self._head.emit(batch, MAIN)
             return
-        try:
-            self._operators[0].process(batch, input_index)
-        except RayflowError:
-            raise
-        except Exception as error:
-            raise self._guard_of(self._planned[0])(error) from error
+        blame, first = self._guarded[0]
+        with blame:
+            first.process(batch, input_index)
 
     def advance(self, time: int) -> int:
         """Event time has reached ``time`` at the head; returns the watermark behind the last operator (rule W1)."""
-        for planned, operator in zip(self._planned, self._operators, strict=True):
-            try:
+        for blame, operator in self._guarded:
+            with blame:
                 time = operator.on_watermark(time)
-            except RayflowError:
-                raise
-            except Exception as error:
-                raise self._guard_of(planned)(error) from error
         self.watermark = max(self.watermark, time)
         return self.watermark
 
     def end(self) -> None:
-        for planned, operator in zip(self._planned, self._operators, strict=True):
-            try:
+        for blame, operator in self._guarded:
+            with blame:
                 operator.on_end()
-            except RayflowError:
-                raise
-            except Exception as error:
-                raise self._guard_of(planned)(error) from error
 
     def snapshot(self, checkpoint: CheckpointId) -> list[tuple[str, FrozenState]]:
         """What every stateful operator gives to the checkpoint, in chain order (sync phase, rule A3)."""
@@ -126,7 +117,7 @@ class ChainRunner:
     def close(self) -> None:
         for operator in self._operators:
             operator.close()
-        self._operators = []
+        self._operators, self._guarded = [], []
 
     def counters(self) -> dict[str, float]:
         """Numbers operators keep for people (late rows, skipped rows), by name."""

@@ -39,10 +39,9 @@ from rayflow.core.events import (
 from rayflow.core.ids import Attempt, CheckpointId, SubtaskId
 from rayflow.core.manifest import Manifest, SplitState, SubtaskSnapshot
 from rayflow.core.messages import CommandEnvelope, FailureCause
-from rayflow.core.restart import RestartSpec
 from rayflow.errors import CorruptCheckpointError, DataError, FencedError, StateTooLargeError, StorageError
-from rayflow.operators.base import Committer
 from rayflow.plan import Plan
+from rayflow.runtime.assembly import committers_of
 from rayflow.runtime.failures import cause_of
 from rayflow.storage.catalog import OFFER
 from rayflow.storage.checkpoints import CheckpointStore, Incarnation
@@ -89,22 +88,13 @@ class Outcome:
 
 def settings_of(config: JobConfig, checkpoints: CheckpointConfig | None) -> CoordinatorSettings:
     """The core's settings; without checkpoints only the final one is taken."""
-    restart = config.restart
     return CoordinatorSettings(
         interval_s=None if checkpoints is None else duration_us(checkpoints.interval) / 1e6,
         timeout_s=600.0 if checkpoints is None else duration_us(checkpoints.timeout) / 1e6,
         min_pause_s=0.0 if checkpoints is None else duration_us(checkpoints.min_pause) / 1e6,
         tolerable_failures=3 if checkpoints is None else checkpoints.tolerable_failures,
         hang_timeout_s=duration_us(config.hang_timeout) / 1e6,
-        restart=RestartSpec(
-            strategy=restart.strategy,
-            initial_s=restart.initial_s,
-            factor=restart.factor,
-            max_s=restart.max_s,
-            reset_after_s=restart.reset_after_s,
-            max_attempts=restart.max_attempts,
-            same_failure_limit=restart.same_failure_limit,
-        ),
+        restart=config.restart,
     )
 
 
@@ -130,10 +120,7 @@ class CoordinatorRuntime:
         self._memory_bound = memory_bound
         self._incarnation: Incarnation | None = None
         self._discovered: tuple[SplitState, ...] | None = None
-        self._committers: dict[str, Committer] = {}
-        for operator, planned in plan.sinks().items():
-            if (committer := planned.factory.committer()) is not None:
-                self._committers[operator] = committer
+        self._committers = committers_of(plan.sinks().values())
         self._operators = {o.id: o.title for o in plan.operators().values() if o.stateful}
         self.checkpoint_figures = dict.fromkeys(CHECKPOINT_FIGURES, 0.0)
         """Over all checkpoints that were acknowledged by everybody; see `CHECKPOINT_FIGURES`."""

@@ -107,7 +107,6 @@ class SubtaskRuntime:
         self.last_error: Exception | None = None
         """For runtimes in this process, which can chain the original exception."""
         self._rows_in = 0
-        self._rows_out = 0
         self._reset_attempt_state()
 
     def _reset_attempt_state(self) -> None:
@@ -368,7 +367,7 @@ class SubtaskRuntime:
         """Numbers for the progress line and for benchmarks."""
         found: dict[str, float] = {
             "rows_in": self._rows_in,
-            "rows_out": self._rows_out + (self._emitter.rows_out if self._emitter else 0),
+            "rows_out": self._emitter.rows_out if self._emitter else 0,
         }
         if self._machine is not None:
             found["peak_in_flight_bytes"] = self._machine.peak_in_flight
