@@ -16,11 +16,15 @@ Life of an operator, always in this order and always on the one loop thread of i
 
 from __future__ import annotations
 
+import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from pathlib import Path
+from typing import Literal, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from rayflow.core.ids import MIN_WATERMARK, CheckpointId
@@ -28,6 +32,20 @@ from rayflow.core.manifest import Json, SplitState
 
 MAIN = "main"
 """Tag of an operator's ordinary output; side outputs have other tags (``late``, ``dead_letter``)."""
+
+
+@dataclass(frozen=True, slots=True)
+class StateBackend:
+    """What ``JobConfig(state=...)`` means for one subtask. Operators ask for it only through `rayflow.operators.state`
+    (keyed state) and `rayflow.operators.runs` (columnar runs)."""
+
+    kind: Literal["memory", "fs", "rocksdb"] = "fs"
+    memory_bytes: int = 256 * 1024 * 1024
+    """How much an operator instance may keep in memory under ``rocksdb`` before it uses the local disk."""
+    scratch: Callable[[str], Path] | None = None
+    """Under ``rocksdb``: makes a new empty local folder with this in its name; removed when the attempt is over."""
+    open_cold: Callable[[Path, OperatorContext], ColdStore] | None = None
+    """Under ``rocksdb``: an empty `ColdStore` in that folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +64,10 @@ class OperatorContext:
     attempt: int
     key_groups: range
     now: Callable[[], float]
-    """Seconds; injected, so that the simulator can run time."""
+    """Seconds of a clock that never goes back; injected, so that the simulator can run time."""
+    wall_time: Callable[[], float] = lambda: 0.0
+    """Unix seconds: for processing-time timers and time to live, which must mean the same after a restart."""
+    backend: StateBackend = field(default_factory=lambda: StateBackend())
 
     def __str__(self) -> str:
         return f"step {self.step!r} subtask {self.subtask}/{self.parallelism}"
@@ -58,20 +79,68 @@ class Output(Protocol):
     def emit(self, batch: pa.RecordBatch, tag: str = MAIN) -> None: ...
 
 
+Spread = Literal["subtask", "list", "union"]
+
+
+@dataclass(eq=False, slots=True)
+class Piece:
+    """Immutable rows that are uploaded once, however many checkpoints name them: incremental checkpoints.
+
+    ``id`` is never used for other rows, in no attempt and no subtask of the job: make it with `new_piece`, or take over
+    the one that `RestoredState.piece` gave for exactly the rows restored. A piece that has left the state does not come
+    back. ``batches`` is only read by the uploader; with ``transient`` it is set to () once a complete checkpoint holds
+    the piece, so that an operator that has the rows elsewhere does not pay for them twice.
+    """
+
+    id: str
+    batches: tuple[pa.RecordBatch | pa.Table, ...]
+    transient: bool = False
+
+
+def new_piece(batches: Sequence[pa.RecordBatch | pa.Table], *, transient: bool = False) -> Piece:
+    """A piece with an id that nothing else has."""
+    return Piece(uuid.uuid4().hex, tuple(batches), transient)
+
+
 @dataclass(frozen=True, slots=True)
 class FrozenTable:
     """One named state, frozen: immutable batches of one schema. Freezing is taking references.
 
-    ``key_columns`` names the columns that hold the key of a row for keyed state; None for operator state. The snapshot
-    writer concatenates the batches, sorts keyed ones by key group and writes them off the loop thread.
+    The state is the rows of ``pieces``, in their order, and then those of ``batches``, which are written anew in every
+    checkpoint. ``key_columns`` names the columns that hold the key of a row for keyed state; None for operator state,
+    which is dealt out by ``spread`` (see `StateHandle.spread`). The snapshot writer sorts keyed rows by key group and
+    writes them off the loop thread.
     """
 
     name: str
-    batches: tuple[pa.RecordBatch | pa.Table, ...]
+    batches: tuple[pa.RecordBatch | pa.Table, ...] = ()
     schema: pa.Schema | None = None
-    """Needed only when ``batches`` is empty."""
+    """Needed only when there is neither a batch nor a piece."""
     key_columns: tuple[str, ...] | None = None
     meta: Json = None
+    pieces: tuple[Piece, ...] = ()
+    spread: Spread = "subtask"
+
+
+@dataclass(frozen=True, slots=True)
+class FolderFile:
+    path: Path
+    immutable: str = ""
+    """A name for exactly this content, unique for ever: uploaded once, as a `Piece` is. "": written every time."""
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenFolder:
+    """Keyed state that is files of a store on local disk (``rocksdb``), frozen."""
+
+    name: str
+    meta: Json
+    """What a reader needs to know of the tables inside: JSON, part of the checkpoint format."""
+    finish: Callable[[], tuple[Mapping[str, FolderFile], int]]
+    """Runs in the uploader, once: completes the freeze; (file name in the folder -> file, rows in all)."""
+    release: Callable[[], None]
+    """The uploader has read the files, or never will: they may be removed. Called at least once, from any thread."""
+    format: str = "rocksdb"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,18 +151,96 @@ class FrozenState:
     prepare: Callable[[], Sequence[Json]] | None = None
     """Sinks: finishes the pre-commit off the loop thread (sync to disk, upload) and returns the committables of this
     checkpoint. They are durable when it returns. It must not touch what the loop thread goes on using."""
+    folders: tuple[FrozenFolder, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RestoredFolder:
+    """A `FrozenFolder` given back. Rows outside ``key_groups`` may be in it and are not state of this subtask."""
+
+    format: str
+    key_groups: range
+    exact: bool
+    """The folder holds nothing outside ``key_groups``: it can be used as it is."""
+    download: Callable[[Path], None]
+    """Fetch all files into an existing local folder, checked. Raises `CorruptCheckpointError`."""
+    immutable: Mapping[str, str] = field(default_factory=dict)
+    """File name -> the ``immutable`` name it was uploaded by; to be given again for the same file."""
 
 
 @dataclass(frozen=True, slots=True)
 class RestoredState:
-    """One named state given back. Keyed tables hold only rows of the subtask's own key groups (rule K3).
+    """One piece of one named state given back. Keyed tables hold only rows of the subtask's own key groups (rule K3).
 
-    After a change of parallelism an operator gets several with the same name (one for each old subtask).
+    An operator gets several of one name, in the order in which they were frozen; after a change of parallelism those of
+    several old subtasks, one old subtask after the other. Later rows of a key replace earlier ones, where the operator
+    froze it so.
     """
 
     name: str
     table: pa.Table
+    """Empty and without columns where there is a ``folder``."""
     meta: Json = None
+    piece: str = ""
+    """The id of the `Piece` it was, to be frozen again under; "" when it was written for one checkpoint only, or comes
+    from a savepoint."""
+    folder: RestoredFolder | None = None
+
+
+# ------------------------------------------------------------------------------------------------ state on local disk
+
+UInt16Array = npt.NDArray[np.uint16]
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Rows to be put or, with ``values`` None, keys to be deleted. Row i of all three belongs together."""
+
+    groups: UInt16Array
+    keys: pa.RecordBatch
+    values: pa.RecordBatch | None
+
+
+class ColdTable(Protocol):
+    """One table of a `ColdStore`: rows by key, sorted by key group. Keys are unique; the last columns of the key may be
+    a subkey (map keys, list positions) that `scan_prefix` leaves open. All methods work on whole batches."""
+
+    def get(self, groups: UInt16Array, keys: pa.RecordBatch) -> tuple[BoolArray, pa.RecordBatch]:
+        """(which keys are there, their values; null rows where not)."""
+
+    def write(self, change: Change) -> None:
+        """Put or delete. Finishes an outstanding freeze first, so that the change is not in it."""
+
+    def scan(self, groups: range | None = None, batch_rows: int = 65_536) -> Iterator[pa.RecordBatch]:
+        """All rows, keys and values, in ascending order of the key group; the store must not be written meanwhile."""
+
+    def scan_prefix(self, groups: UInt16Array, prefixes: pa.RecordBatch) -> pa.RecordBatch:
+        """All rows whose key begins with one of the prefixes (distinct; the first columns of the key)."""
+
+
+class ColdStore(Protocol):
+    """The state of one operator instance on local disk (``rocksdb``). One thread uses it, but for what `freeze`
+    gives to the uploader. Raises `StorageError` naming the folder when the disk is full or fails: nothing of an earlier
+    checkpoint is lost by that."""
+
+    def table(self, name: str, keys: pa.Schema, values: pa.Schema) -> ColdTable:
+        """The table, made if it is not there; one that was restored with other columns is migrated where that is
+        possible (`rayflow.operators.state.evolution`), else `StateSchemaError`."""
+
+    def tables(self) -> Mapping[str, tuple[pa.Schema, pa.Schema]]:
+        """(key schema, value schema) of the tables there are, by name."""
+
+    def freeze(self, changes: Mapping[str, Sequence[Change]]) -> FrozenFolder:
+        """O(1) and without touching the disk: the state is what has been written and, on top, ``changes`` by table.
+
+        Whoever comes first performs it: the uploader (`FrozenFolder.finish`), or the next `write`.
+        """
+
+    def restore(self, folders: Sequence[RestoredFolder]) -> None:
+        """Before anything else: take these over, each clipped to its key groups."""
+
+    def close(self) -> None: ...
 
 
 class Operator(ABC):
@@ -119,6 +266,14 @@ class Operator(ABC):
         """Event time has reached ``time`` (us). Emit what is due, then return the watermark to pass on (rule W1)."""
         return time
 
+    def next_timer(self) -> float | None:
+        """The `OperatorContext.wall_time` at which `on_time` should be called next; None: not at all."""
+        return None
+
+    def on_time(self, now: float) -> None:
+        """The clock has reached ``next_timer()``; ``now`` in Unix seconds. Called between batches, and not while the
+        outputs are blocked."""
+
     def on_end(self) -> None:
         """All inputs have ended; called after ``on_watermark(MAX_WATERMARK)``. Emit what is still held."""
 
@@ -137,6 +292,9 @@ class OperatorFactory(Protocol):
 
     @property
     def stateful(self) -> bool: ...
+
+    # Optional: ``state_schemas(input_schema) -> Mapping[str, pa.Schema] | None``, the keyed states by name as they are
+    # frozen, so that a dry run of a restore can compare them (`rayflow restore-plan`).
 
 
 # ------------------------------------------------------------------------------------------------------------- sources
@@ -267,20 +425,30 @@ class Collected:
 __all__ = [
     "MAIN",
     "MIN_WATERMARK",
+    "Change",
+    "ColdStore",
+    "ColdTable",
     "Collected",
     "Committer",
     "EventTime",
+    "FolderFile",
+    "FrozenFolder",
     "FrozenState",
     "FrozenTable",
     "Operator",
     "OperatorContext",
     "OperatorFactory",
     "Output",
+    "Piece",
     "Polled",
+    "RestoredFolder",
     "RestoredState",
     "SinkFactory",
     "SinkOperator",
     "Source",
     "SplitReader",
     "SplitState",
+    "Spread",
+    "StateBackend",
+    "new_piece",
 ]

@@ -110,8 +110,14 @@ class JobConfig:
 
     max_parallelism: int = DEFAULT_MAX_PARALLELISM
     """Number of key groups (rule K4); fixed for the life of a job."""
-    state: Literal["memory", "fs"] | None = None
-    """Where snapshots go; None: ``fs`` with a checkpoint URL, else ``memory``."""
+    state: Literal["memory", "fs", "rocksdb"] | None = None
+    """``memory``: in the processes, checkpoints with the coordinator (small, gone with the cluster); ``fs``: in the
+    processes, checkpoints in files; ``rocksdb``: on local disk, larger than memory, checkpoints in files. None: ``fs``
+    with a checkpoint URL, else ``memory``."""
+    state_memory_bytes: int = 256 * 1024 * 1024
+    """What one operator instance may keep in memory under ``rocksdb`` before it uses the local disk."""
+    local_dir: str | None = None
+    """Folder on every node for state on local disk (``rocksdb``); None: the system's temporary folder."""
     restart: Restart = field(default_factory=Restart)
     batch_rows: int = 65_536
     """Largest batch on a channel, in rows."""
@@ -126,8 +132,10 @@ class JobConfig:
     def __post_init__(self) -> None:
         if self.max_parallelism < 1 or self.max_parallelism > 32_768:
             raise ConfigError(f"JobConfig(max_parallelism) must lie between 1 and 32768, got {self.max_parallelism}")
-        if self.state not in (None, "memory", "fs"):
-            raise ConfigError(f'JobConfig(state) must be "memory" or "fs", got {self.state!r}')
+        if self.state not in (None, "memory", "fs", "rocksdb"):
+            raise ConfigError(f'JobConfig(state) must be "memory", "fs" or "rocksdb", got {self.state!r}')
+        if self.state_memory_bytes < 1024 * 1024:
+            raise ConfigError(f"JobConfig(state_memory_bytes) must be at least 1048576, got {self.state_memory_bytes}")
         if self.batch_rows < 1:
             raise ConfigError(f"JobConfig(batch_rows) must be at least 1, got {self.batch_rows}")
         if self.inflight_bytes < 1024:

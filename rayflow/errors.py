@@ -76,5 +76,9 @@ class StateTooLargeError(RayflowError):
     """State held by the coordinator passed its bound (``state="memory"``)."""
 
 
+class StateSchemaError(RayflowError):
+    """Restored state does not fit what the flow declares now, and there is no safe migration; nothing was changed."""
+
+
 class ProtocolError(RayflowError):
     """A numbered protocol rule was about to be broken; raised, never asserted, because data would be wrong."""

@@ -71,6 +71,9 @@ class RayHost:
     def now(self) -> float:
         return time.monotonic()
 
+    def wall_time(self) -> float:
+        return time.time()
+
     def accept(self, attempt: Attempt, channels: Sequence[ChannelId]) -> None:
         self._server.accept(self._job, attempt, channels)
 

@@ -19,7 +19,9 @@ from rayflow.errors import CorruptCheckpointError
 Json = Any
 """A JSON value (null, bool, int, float, str, list, object with string keys); opaque to the core."""
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
+READABLE_VERSIONS: Final = (1, 2)
+"""Version 1 had no blocks, pieces, sections or folders: what it lacks has a default that means the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +32,41 @@ class FileRef:
     nbytes: int
     checksum: str
     """``sha256:<hex>`` of the whole file."""
+    root: str | None = None
+    """URL of the directory that ``path`` is relative to; None: the job's own. Only what was imported from a savepoint
+    has one, and nothing with one is ever deleted, nor named by a checkpoint that is taken later."""
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """Bytes ``offset`` to ``offset + nbytes`` of a file that holds several tables, one after the other."""
+
+    offset: int
+    nbytes: int
+    checksum: str
+    """``sha256:<hex>`` of these bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One record batch of an Arrow IPC file, to be read and checked by itself: its message, metadata and body."""
+
+    first_row: int
+    offset: int
+    """From the beginning of the table's own bytes (of its section, where it has one)."""
+    nbytes: int
+    checksum: str
+    """``sha256:<hex>`` of these bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class StateHandle:
-    """One named state of one operator in one subtask: an Arrow table, in a file or inline (base64 Arrow IPC file).
+    """One piece of one named state of one operator: an Arrow table, in a file or inline (base64 Arrow IPC file).
 
-    Keyed state is sorted by key group: ``group_rows`` lists ``(group, first row)`` in ascending order for the groups
-    that have rows, so that a subtask can restore its own range by reading a row range (rule K3).
+    A state may have several pieces in one subtask. They are listed oldest first, and what a later piece says of a key
+    replaces what an earlier one says. Keyed state is sorted by key group: ``group_rows`` lists ``(group, first row)``
+    in ascending order for the groups that have rows, so that a subtask can restore its own range by reading a row range
+    (rule K3).
     """
 
     operator: str
@@ -51,6 +80,37 @@ class StateHandle:
     group_rows: tuple[tuple[int, int], ...] = ()
     meta: Json = None
     """Small JSON beside the table (a watermark, a counter)."""
+    section: Section | None = None
+    """Where in ``file`` the table stands; None: the file is the table."""
+    blocks: tuple[Block, ...] = ()
+    """Ascending by ``first_row``. Empty: the table can only be read as a whole."""
+    groups: tuple[int, int] | None = None
+    """Key groups [first, last + 1) of it that count; rows of others are not state. None: all that the writer's subtask
+    owned. A file that was written before a rescale is named by several subtasks, each with its own groups."""
+    piece: str = ""
+    """Unique name of an immutable piece that later checkpoints may name again; "": written for this one only."""
+    spread: str = "subtask"
+    """How state without keys is dealt out at another parallelism: ``subtask`` (the state of old subtask i goes to
+    subtask i modulo the new parallelism), ``list`` (row by row in turn), ``union`` (everybody gets all)."""
+    format: str = "arrow"
+    """``arrow``, or ``rocksdb``: then ``parts`` are the files of a RocksDB checkpoint, ``meta`` tells its tables."""
+    parts: tuple[tuple[str, FileRef], ...] = ()
+    """(name inside the folder, file)."""
+
+    @property
+    def files(self) -> tuple[FileRef, ...]:
+        """Every file it stands on."""
+        own = () if self.file is None else (self.file,)
+        return (*own, *(file for _, file in self.parts))
+
+    @property
+    def nbytes(self) -> int:
+        """How large the piece is, whoever wrote it."""
+        if self.section is not None:
+            own = self.section.nbytes
+        else:
+            own = len(self.inline or "") if self.file is None else self.file.nbytes
+        return own + sum(file.nbytes for _, file in self.parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +145,10 @@ class SnapshotStats:
     sync_s: float = 0.0
     async_s: float = 0.0
     nbytes: int = 0
+    """Of the whole state, whoever wrote it and when."""
     rows: int = 0
+    uploaded_bytes: int = 0
+    """What this checkpoint has written: an incremental one less than ``nbytes``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +188,12 @@ class Manifest:
     version: int = FORMAT_VERSION
 
     def files(self) -> tuple[FileRef, ...]:
-        """Every file this manifest refers to (rule C7: they live as long as a retained manifest names them)."""
-        return tuple(s.file for sub in self.subtasks for s in sub.states if s.file is not None)
+        """Every file this manifest refers to, each once (rule C7: they live as long as a retained manifest names them).
+
+        Files of savepoints that it was imported from are among them; they have a ``root``.
+        """
+        found = {(f.root, f.path): f for sub in self.subtasks for s in sub.states for f in s.files}
+        return tuple(found.values())
 
     def committables(self, operator: str) -> tuple[Json, ...]:
         return tuple(c.payload for sub in self.subtasks for c in sub.committables if c.operator == operator)
@@ -151,9 +218,10 @@ def decode(data: bytes, *, path: str) -> Manifest:
     if not isinstance(body, dict):
         raise CorruptCheckpointError(f"manifest {path} is not a JSON object; use an earlier checkpoint")
     version = body.get("version")
-    if version != FORMAT_VERSION:
+    if version not in READABLE_VERSIONS:
         raise CorruptCheckpointError(
-            f"manifest {path} has format version {version!r}, this rayflow reads {FORMAT_VERSION}; upgrade rayflow"
+            f"manifest {path} has format version {version!r}, this rayflow reads "
+            f"{' and '.join(map(str, READABLE_VERSIONS))}; upgrade rayflow"
         )
     stated = body.pop("sha256", None)
     found = _digest(body)
@@ -224,6 +292,7 @@ def snapshot_json(s: SubtaskSnapshot) -> dict[str, Json]:
             "async_s": s.stats.async_s,
             "nbytes": s.stats.nbytes,
             "rows": s.stats.rows,
+            "uploaded_bytes": s.stats.uploaded_bytes,
         },
     }
 
@@ -239,7 +308,6 @@ def snapshot_from(body: Mapping[str, Json]) -> SubtaskSnapshot:
 
 
 def _state_json(h: StateHandle) -> dict[str, Json]:
-    file = None if h.file is None else {"path": h.file.path, "nbytes": h.file.nbytes, "checksum": h.file.checksum}
     return {
         "operator": h.operator,
         "subtask": h.subtask,
@@ -247,15 +315,34 @@ def _state_json(h: StateHandle) -> dict[str, Json]:
         "name": h.name,
         "rows": h.rows,
         "keyed": h.keyed,
-        "file": file,
+        "file": None if h.file is None else _file_json(h.file),
         "inline": h.inline,
         "group_rows": [list(pair) for pair in h.group_rows],
         "meta": h.meta,
+        "section": None if h.section is None else [h.section.offset, h.section.nbytes, h.section.checksum],
+        "blocks": [[b.first_row, b.offset, b.nbytes, b.checksum] for b in h.blocks],
+        "groups": None if h.groups is None else list(h.groups),
+        "piece": h.piece,
+        "spread": h.spread,
+        "format": h.format,
+        "parts": [[name, _file_json(file)] for name, file in h.parts],
     }
 
 
+def _file_json(file: FileRef) -> dict[str, Json]:
+    body: dict[str, Json] = {"path": file.path, "nbytes": file.nbytes, "checksum": file.checksum}
+    if file.root is not None:
+        body["root"] = file.root
+    return body
+
+
+def _file_from(body: Mapping[str, Json]) -> FileRef:
+    root = body.get("root")
+    return FileRef(str(body["path"]), int(body["nbytes"]), str(body["checksum"]), None if root is None else str(root))
+
+
 def _state_from(body: Mapping[str, Json]) -> StateHandle:
-    file = body["file"]
+    file, section, groups = body["file"], body.get("section"), body.get("groups")
     return StateHandle(
         operator=str(body["operator"]),
         subtask=int(body["subtask"]),
@@ -263,10 +350,17 @@ def _state_from(body: Mapping[str, Json]) -> StateHandle:
         name=str(body["name"]),
         rows=int(body["rows"]),
         keyed=bool(body["keyed"]),
-        file=None if file is None else FileRef(str(file["path"]), int(file["nbytes"]), str(file["checksum"])),
+        file=None if file is None else _file_from(file),
         inline=None if body["inline"] is None else str(body["inline"]),
         group_rows=tuple((int(g), int(r)) for g, r in body["group_rows"]),
         meta=body["meta"],
+        section=None if section is None else Section(int(section[0]), int(section[1]), str(section[2])),
+        blocks=tuple(Block(int(r), int(o), int(n), str(c)) for r, o, n, c in body.get("blocks", ())),
+        groups=None if groups is None else (int(groups[0]), int(groups[1])),
+        piece=str(body.get("piece", "")),
+        spread=str(body.get("spread", "subtask")),
+        format=str(body.get("format", "arrow")),
+        parts=tuple((str(name), _file_from(part)) for name, part in body.get("parts", ())),
     )
 
 

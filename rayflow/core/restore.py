@@ -1,9 +1,9 @@
 """One manifest restores all subtasks (rule R1): who gets which state, which splits begin where.
 
 R2  sources resume at the positions of the manifest.
-K3  keyed state goes to every subtask whose key-group range overlaps the range it was written for.
+K3  keyed state goes to every subtask whose key-group range overlaps the groups that count in it.
 K4  the number of key groups is that of the manifest.
-Operator state without keys is dealt out: the state of old subtask i goes to subtask ``i % parallelism``.
+Operator state without keys is dealt out by its `StateHandle.spread`.
 """
 
 from __future__ import annotations
@@ -66,10 +66,19 @@ def states_for(manifest: Manifest | None, topology: Topology) -> dict[SubtaskId,
     return {s: tuple(handles) for s, handles in result.items()}
 
 
+def groups_of(handle: StateHandle, max_parallelism: int) -> range:
+    """The key groups whose rows in ``handle`` are state."""
+    if handle.groups is not None:
+        return range(*handle.groups)
+    return key_group_range(handle.subtask, handle.parallelism, max_parallelism)
+
+
 def _receivers(handle: StateHandle, parallelism: int, max_parallelism: int) -> list[int]:
     if not handle.keyed:
+        if handle.spread == "union" or (handle.spread == "list" and handle.parallelism != parallelism):
+            return list(range(parallelism))
         return [handle.subtask % parallelism]
-    old = key_group_range(handle.subtask, handle.parallelism, max_parallelism)
+    old = groups_of(handle, max_parallelism)
     return [i for i in range(parallelism) if _overlap(old, key_group_range(i, parallelism, max_parallelism))]
 
 

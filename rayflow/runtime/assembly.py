@@ -46,11 +46,20 @@ def committers_of(operators: Iterable[PlannedOperator]) -> dict[str, Committer]:
 class Parts:
     """Builds the parts of an attempt; keeps none of them."""
 
-    def __init__(self, spec: JobSpec, subtask: SubtaskId, attempt: Attempt, *, now: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        spec: JobSpec,
+        subtask: SubtaskId,
+        attempt: Attempt,
+        *,
+        now: Callable[[], float],
+        wall_time: Callable[[], float],
+    ) -> None:
         self._spec = spec
         self._subtask = subtask
         self._attempt = attempt
         self._now = now
+        self._wall_time = wall_time
         self._plan = spec.plan.chain(subtask.chain)
         self.outputs = outputs_of(spec.plan, subtask)
 
@@ -70,6 +79,7 @@ class Parts:
             attempt=self._attempt,
             key_groups=self.key_groups,
             now=self._now,
+            wall_time=self._wall_time,
         )
 
     def uploads(self, store: SnapshotStore) -> Uploads:

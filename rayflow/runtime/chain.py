@@ -104,6 +104,18 @@ class ChainRunner:
         self.watermark = max(self.watermark, time)
         return self.watermark
 
+    def next_timer(self) -> float | None:
+        """The earliest wall time any operator wants to be called at."""
+        return min((t for o in self._operators if (t := o.next_timer()) is not None), default=None)
+
+    def on_time(self, now: float) -> None:
+        """Call every operator whose time has come (Unix seconds)."""
+        for blame, operator in self._guarded:
+            due = operator.next_timer()
+            if due is not None and due <= now:
+                with blame:
+                    operator.on_time(now)
+
     def end(self) -> None:
         for blame, operator in self._guarded:
             with blame:

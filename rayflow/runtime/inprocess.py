@@ -93,7 +93,7 @@ class World:
         self._snapshots = snapshots
         self._retain = retain
         self._memory_bound = memory_bound
-        self._wall_time = wall_time
+        self._epoch = wall_time() - self.clock.now
         self.last_error: Exception | None = None
         """The last exception that a subtask raised, for chaining."""
         self.coordinator = self._new_coordinator()
@@ -118,7 +118,7 @@ class World:
         return self.clock.now
 
     def wall_time(self) -> float:
-        return self._wall_time()
+        return self._epoch + self.clock.now
 
     def make_runtime(self, slot: Slot) -> SubtaskRuntime:
         return SubtaskRuntime(slot.subtask, self._spec, SubtaskSide(self, slot), self._snapshots)
@@ -197,6 +197,9 @@ class SubtaskSide:
 
     def now(self) -> float:
         return self._world.now()
+
+    def wall_time(self) -> float:
+        return self._world.wall_time()
 
     def accept(self, attempt: Attempt, channels: Sequence[ChannelId]) -> None:
         self._attempt = attempt

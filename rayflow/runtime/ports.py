@@ -114,6 +114,9 @@ class SubtaskHost(Protocol):
     def now(self) -> float:
         """Seconds of a clock that never goes back."""
 
+    def wall_time(self) -> float:
+        """Unix seconds."""
+
     def accept(self, attempt: Attempt, channels: Sequence[ChannelId]) -> None:
         """From now on take elements of these input channels and this attempt only (rule C6)."""
 

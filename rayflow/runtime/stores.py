@@ -27,8 +27,10 @@ def open_stores(
     anything starts. Raises `ConfigError` for ``state="fs"`` without a URL and for ``start="fresh"`` on a directory that
     has checkpoints; `StorageError` for a place that cannot be read.
     """
-    if checkpoints is None and config.state == "fs":
-        raise ConfigError('JobConfig(state="fs") needs a place for files; pass checkpoints=CheckpointConfig(url)')
+    if checkpoints is None and config.state in ("fs", "rocksdb"):
+        raise ConfigError(
+            f'JobConfig(state="{config.state}") needs a place for files; pass checkpoints=CheckpointConfig(url)'
+        )
     in_memory = checkpoints is None or config.state == "memory"
     store: Store
     if checkpoints is None or in_memory:

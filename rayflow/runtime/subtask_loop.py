@@ -235,7 +235,7 @@ class SubtaskRuntime:
         if self.phase is not Phase.READY:
             raise ProtocolError(f"{self.subtask} was launched while {self.phase.value}")
         self._restored_from = launch.restored_from
-        parts = Parts(self._spec, self.subtask, self.attempt, now=self._host.now)
+        parts = Parts(self._spec, self.subtask, self.attempt, now=self._host.now, wall_time=self._host.wall_time)
         self._uploads = parts.uploads(self._store)
         self._emitter = parts.emitter(self._offer)
         self._chain = parts.chain(self._emitter)
@@ -335,6 +335,8 @@ class SubtaskRuntime:
             upstream = source.watermark if source is not None else self._machine.input_watermark
             if upstream < MAX_WATERMARK:
                 self._forward_watermark(self._chain.advance(upstream))
+        if not self._machine.output_blocked and not self._machine.input_ended and self._chain.next_timer() is not None:
+            self._chain.on_time(self._host.wall_time())
         if self._broken is not None and now - self._broken[0] >= BROKEN_GRACE_S:
             raise ConnectionError(self._broken[1])
         self._beat(now)
@@ -361,6 +363,10 @@ class SubtaskRuntime:
                 deadlines.append(self._source_due)
             if self._broken is not None:
                 deadlines.append(self._broken[0] + BROKEN_GRACE_S)
+            assert self._chain is not None
+            timer = self._chain.next_timer()
+            if timer is not None and not self._machine.output_blocked and not self._machine.input_ended:
+                deadlines.append(self._host.now() + max(0.0, timer - self._host.wall_time()))
         return min(deadlines, default=None)
 
     def metrics(self) -> dict[str, float]:

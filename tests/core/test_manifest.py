@@ -140,8 +140,8 @@ def test_no_flipped_bit_changes_what_is_read(bit: int) -> None:
 
 def test_a_newer_version_is_refused_by_name() -> None:
     body = json.loads(encode(SAMPLE))
-    body["version"] = 2
-    with pytest.raises(CorruptCheckpointError, match="version 2.*upgrade rayflow"):
+    body["version"] = 3
+    with pytest.raises(CorruptCheckpointError, match="version 3.*upgrade rayflow"):
         decode(json.dumps(body).encode(), path="m.json")
 
 

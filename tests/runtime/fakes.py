@@ -228,6 +228,9 @@ class FakeHost:
     def now(self) -> float:
         return self.time
 
+    def wall_time(self) -> float:
+        return self.time
+
     def accept(self, attempt: Attempt, channels: Sequence[ChannelId]) -> None:
         self.accepted.append((attempt, list(channels)))
 
