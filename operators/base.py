@@ -21,7 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,10 @@ import pyarrow as pa
 from rayflow.core.ids import MIN_WATERMARK, CheckpointId
 from rayflow.core.manifest import Json, SplitState
 
+DELETED: Final = "__deleted"
+"""Column of keyed state: true in a row says that its key has no row any more."""
+EXPIRES: Final = "__expires"
+"""Column of keyed state with a time to live: Unix time in us from which on the row is not there."""
 MAIN = "main"
 """Tag of an operator's ordinary output; side outputs have other tags (``late``, ``dead_letter``)."""
 
@@ -120,6 +124,8 @@ class FrozenTable:
     meta: Json = None
     pieces: tuple[Piece, ...] = ()
     spread: Spread = "subtask"
+    mode: Literal["append", "upsert"] = "append"
+    """``append``: all rows are the state. ``upsert``: a key has one row, the last; a true `DELETED` says it has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,8 +179,7 @@ class RestoredState:
     """One piece of one named state given back. Keyed tables hold only rows of the subtask's own key groups (rule K3).
 
     An operator gets several of one name, in the order in which they were frozen; after a change of parallelism those of
-    several old subtasks, one old subtask after the other. Later rows of a key replace earlier ones, where the operator
-    froze it so.
+    several old subtasks, one old subtask after the other. In ``upsert`` mode later rows of a key replace earlier ones.
     """
 
     name: str
@@ -423,6 +428,8 @@ class Collected:
 
 
 __all__ = [
+    "DELETED",
+    "EXPIRES",
     "MAIN",
     "MIN_WATERMARK",
     "Change",

@@ -63,8 +63,7 @@ class Block:
 class StateHandle:
     """One piece of one named state of one operator: an Arrow table, in a file or inline (base64 Arrow IPC file).
 
-    A state may have several pieces in one subtask. They are listed oldest first, and what a later piece says of a key
-    replaces what an earlier one says. Keyed state is sorted by key group: ``group_rows`` lists ``(group, first row)``
+    A state may have several pieces in one subtask, listed oldest first; ``mode`` says how they make one table. Keyed state is sorted by key group: ``group_rows`` lists ``(group, first row)``
     in ascending order for the groups that have rows, so that a subtask can restore its own range by reading a row range
     (rule K3).
     """
@@ -92,6 +91,9 @@ class StateHandle:
     spread: str = "subtask"
     """How state without keys is dealt out at another parallelism: ``subtask`` (the state of old subtask i goes to
     subtask i modulo the new parallelism), ``list`` (row by row in turn), ``union`` (everybody gets all)."""
+    mode: str = "append"
+    """``append``: the state is the rows of all pieces. ``upsert``: a key has one row, the one in the last piece that
+    has it, and none if that one says ``__deleted``."""
     format: str = "arrow"
     """``arrow``, or ``rocksdb``: then ``parts`` are the files of a RocksDB checkpoint, ``meta`` tells its tables."""
     parts: tuple[tuple[str, FileRef], ...] = ()
@@ -324,6 +326,7 @@ def _state_json(h: StateHandle) -> dict[str, Json]:
         "groups": None if h.groups is None else list(h.groups),
         "piece": h.piece,
         "spread": h.spread,
+        "mode": h.mode,
         "format": h.format,
         "parts": [[name, _file_json(file)] for name, file in h.parts],
     }
@@ -359,6 +362,7 @@ def _state_from(body: Mapping[str, Json]) -> StateHandle:
         groups=None if groups is None else (int(groups[0]), int(groups[1])),
         piece=str(body.get("piece", "")),
         spread=str(body.get("spread", "subtask")),
+        mode=str(body.get("mode", "append")),
         format=str(body.get("format", "arrow")),
         parts=tuple((str(name), _file_from(part)) for name, part in body.get("parts", ())),
     )
