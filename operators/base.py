@@ -125,7 +125,7 @@ class FrozenTable:
     pieces: tuple[Piece, ...] = ()
     spread: Spread = "subtask"
     mode: Literal["append", "upsert"] = "append"
-    """``append``: all rows are the state. ``upsert``: a key has one row, the last; a true `DELETED` says it has none."""
+    """``append``: all rows are the state. ``upsert``: a key has one row, the last; a true `DELETED`: it has none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,9 +63,9 @@ class Block:
 class StateHandle:
     """One piece of one named state of one operator: an Arrow table, in a file or inline (base64 Arrow IPC file).
 
-    A state may have several pieces in one subtask, listed oldest first; ``mode`` says how they make one table. Keyed state is sorted by key group: ``group_rows`` lists ``(group, first row)``
-    in ascending order for the groups that have rows, so that a subtask can restore its own range by reading a row range
-    (rule K3).
+    A state may have several pieces in one subtask, listed oldest first; ``mode`` says how they make one table. Keyed
+    state is sorted by key group: ``group_rows`` lists ``(group, first row)`` in ascending order for the groups that
+    have rows, so that a subtask can restore its own range by reading a row range (rule K3).
     """
 
     operator: str
