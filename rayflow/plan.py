@@ -86,6 +86,8 @@ class Plan:
     chains: tuple[Chain, ...]
     edges: tuple[Edge, ...]
     max_parallelism: int
+    allow_dropped: frozenset[str] = frozenset()
+    """See `Topology.allow_dropped`: the user named them when the job was started."""
 
     def chain(self, chain_id: str) -> Chain:
         return next(c for c in self.chains if c.id == chain_id)
@@ -127,6 +129,7 @@ class Plan:
             keyed_operators=frozenset(
                 o.id for c in self.chains for o in c.operators if o.stateful and bool(getattr(o.factory, "keys", ()))
             ),
+            allow_dropped=self.allow_dropped,
         )
 
 

@@ -8,6 +8,8 @@ Operator state without keys is dealt out by its `StateHandle.spread`.
 
 from __future__ import annotations
 
+from difflib import get_close_matches
+
 from rayflow.core.ids import SubtaskId
 from rayflow.core.keygroups import key_group_range
 from rayflow.core.manifest import Manifest, SplitState, StateHandle
@@ -17,33 +19,61 @@ from rayflow.core.topology import Topology
 def mismatch(manifest: Manifest, topology: Topology) -> str | None:
     """Why this manifest cannot restore this topology, in one sentence; None when it can.
 
-    Nothing is dropped silently: state of an operator or splits of a source that the flow no longer has are a mismatch.
+    Nothing is dropped silently: state of an operator, splits of a source or output prepared by a sink that the flow no
+    longer has are a mismatch, unless `Topology.allow_dropped` names it.
     """
     where = f"checkpoint {manifest.checkpoint}"
     if manifest.max_parallelism != topology.max_parallelism:
         return (
             f"{where} has {manifest.max_parallelism} key groups, this flow has max_parallelism="
-            f"{topology.max_parallelism}; run it with max_parallelism={manifest.max_parallelism}"
+            f"{topology.max_parallelism}; run it with max_parallelism={manifest.max_parallelism}, or re-bucket a "
+            f"savepoint of it: rayflow rebucket SAVEPOINT TARGET --max-parallelism {topology.max_parallelism}"
         )
+    for name, what in unmatched(manifest, topology).items():
+        if name not in topology.allow_dropped:
+            return f"{where} holds {what}, which this flow does not have; {remedy(name, manifest, topology)}"
     for snapshot in manifest.subtasks:
         for handle in snapshot.states:
-            if topology.chain_of(handle.operator) is None:
-                return (
-                    f"{where} holds state {handle.name!r} of operator {handle.operator!r}, which this flow does not "
-                    "have; give the operator its old name or start on an empty checkpoint directory"
-                )
-            if handle.keyed and handle.operator not in topology.keyed_operators:
+            known = topology.chain_of(handle.operator) is not None
+            if known and handle.keyed and handle.operator not in topology.keyed_operators:
                 return (
                     f"{where} holds keyed state {handle.name!r} of operator {handle.operator!r}, which is not keyed in "
                     "this flow; key the stream as before or start on an empty checkpoint directory"
                 )
+    return None
+
+
+def unmatched(manifest: Manifest, topology: Topology) -> dict[str, str]:
+    """Ids of operators and sources that hold something in the manifest and are not in the flow -> what they hold."""
+    found: dict[str, str] = {}
+    for snapshot in manifest.subtasks:
+        for handle in snapshot.states:
+            if topology.chain_of(handle.operator) is None:
+                found.setdefault(handle.operator, f"state {handle.name!r} of operator {handle.operator!r}")
     for split in splits_of(manifest):
         if split.source not in topology.sources:
-            return (
-                f"{where} holds split {split.split_id!r} of source {split.source!r}, which this flow does not have; "
-                "give the source its old name or start on an empty checkpoint directory"
-            )
-    return None
+            found.setdefault(split.source, f"split {split.split_id!r} of source {split.source!r}")
+    for snapshot in manifest.subtasks:
+        for committable in snapshot.committables:
+            if topology.chain_of(committable.operator) is None:
+                found.setdefault(committable.operator, f"output to be committed by sink {committable.operator!r}")
+    return found
+
+
+def remedy(name: str, manifest: Manifest, topology: Topology) -> str:
+    """What to do about ``name``, which the flow does not have: near names of the flow first."""
+    title = manifest.operators.get(name)
+    called = f" ({title})" if title and title != name else ""
+    old = {h.operator for snapshot in manifest.subtasks for h in snapshot.states}
+    old |= {split.source for split in splits_of(manifest)}
+    now = {o for operators in topology.operators_of.values() for o in operators} | topology.sources
+    near = get_close_matches(name, sorted(now - old), n=3, cutoff=0.5)
+    # A step that lost or won its name keeps its label: "window-1" and name="per_origin" have no letter in common.
+    meant = f"it has {' and '.join(map(repr, near))}, near in name: " if near else ""
+    return (
+        f"{meant}give the step its old name{called} by name={name!r}, or leave what it holds behind by "
+        f"allow_dropped=({name!r},), on the command line --allow-dropped {name}"
+    )
 
 
 def splits_of(manifest: Manifest | None) -> tuple[SplitState, ...]:

@@ -27,6 +27,8 @@ class Topology:
     operators_of: Mapping[str, tuple[str, ...]]
     """Chain id -> ids of its operators, in the order rows pass them."""
     keyed_operators: frozenset[str] = frozenset()
+    allow_dropped: frozenset[str] = frozenset()
+    """Operators and sources that need not be there any more: what a checkpoint holds of them is left behind."""
     _inputs: dict[SubtaskId, tuple[ChannelId, ...]] = field(init=False, repr=False, compare=False)
     _outputs: dict[SubtaskId, tuple[ChannelId, ...]] = field(init=False, repr=False, compare=False)
     _chain_of: dict[str, str] = field(init=False, repr=False, compare=False)
