@@ -45,27 +45,27 @@ def _number_widens(old: pa.DataType, new: pa.DataType) -> bool:
         bits, signed = old.bit_width, types.is_signed_integer(old)
         if types.is_integer(new):
             # A sign needs a bit of its own; an unsigned type has no place for one.
-            return new.bit_width > bits and (types.is_signed_integer(new) or not signed)
+            return bool(new.bit_width > bits and (types.is_signed_integer(new) or not signed))
         if types.is_floating(new):
-            return bits - signed <= _MANTISSA[new.bit_width]
-        return types.is_decimal(new) and new.scale >= 0 and new.precision - new.scale >= _DIGITS[bits]
+            return bool(bits - signed <= _MANTISSA[new.bit_width])
+        return bool(types.is_decimal(new) and new.scale >= 0 and new.precision - new.scale >= _DIGITS[bits])
     if types.is_floating(old):
-        return types.is_floating(new) and new.bit_width > old.bit_width
+        return bool(types.is_floating(new) and new.bit_width > old.bit_width)
     if types.is_decimal(old) and types.is_decimal(new):
         whole = new.precision - new.scale >= old.precision - old.scale
-        return whole and new.scale >= old.scale and new.bit_width >= old.bit_width
+        return bool(whole and new.scale >= old.scale and new.bit_width >= old.bit_width)
     return False
 
 
 def _bytes_widens(old: pa.DataType, new: pa.DataType) -> bool:
     # From a large or a view type back to 32 bit offsets two gigabytes of values may not fit.
     if types.is_string(old):
-        return types.is_large_string(new) or types.is_string_view(new)
+        return bool(types.is_large_string(new) or types.is_string_view(new))
     if types.is_string_view(old):
-        return types.is_large_string(new)
+        return bool(types.is_large_string(new))
     if types.is_binary(old) or types.is_fixed_size_binary(old):
         wider = types.is_large_binary(new) or types.is_binary_view(new)
-        return wider or (types.is_fixed_size_binary(old) and types.is_binary(new))
+        return bool(wider or (types.is_fixed_size_binary(old) and types.is_binary(new)))
     return bool(types.is_binary_view(old) and types.is_large_binary(new))
 
 
