@@ -126,6 +126,9 @@ class FrozenTable:
     spread: Spread = "subtask"
     mode: Literal["append", "upsert"] = "append"
     """``append``: all rows are the state. ``upsert``: a key has one row, the last; a true `DELETED`: it has none."""
+    subkey_columns: tuple[str, ...] = ()
+    """Columns that tell rows of one key apart (map keys, list positions): with `key_columns` they are what `mode` calls
+    the key of a row; the key group is that of ``key_columns`` alone (rule K2)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,9 +232,13 @@ class ColdStore(Protocol):
     gives to the uploader. Raises `StorageError` naming the folder when the disk is full or fails: nothing of an earlier
     checkpoint is lost by that."""
 
-    def table(self, name: str, keys: pa.Schema, values: pa.Schema) -> ColdTable:
+    def table(self, name: str, keys: pa.Schema, values: pa.Schema, *, subkeys: int = 0) -> ColdTable:
         """The table, made if it is not there; one that was restored with other columns is migrated where that is
-        possible (`rayflow.operators.state.evolution`), else `StateSchemaError`."""
+        possible (`rayflow.operators.state.evolution`), else `StateSchemaError`.
+
+        The last ``subkeys`` columns of ``keys`` are not of the stream's key. The meta of the folder tells their number,
+        because a reader computes key groups from the others.
+        """
 
     def tables(self) -> Mapping[str, tuple[pa.Schema, pa.Schema]]:
         """(key schema, value schema) of the tables there are, by name."""
