@@ -170,7 +170,7 @@ class IntegerSum(Bound):
         shift, mask = pa.scalar(32, self.kind), pa.scalar(_LOW, self.kind)
         halves = pc.shift_right(values, shift), pc.bit_wise_and(values, mask)
         grouped = yield Ask(((halves[0], "sum"), (halves[1], "sum"), (carries, "sum")))
-        return self._joined(*grouped.results)
+        return self.joined(*grouped.results)
 
     def finalise(self, parts: list[Column], rows: pa.Array) -> pa.Array:
         if not _all_zero(parts[1]):
@@ -191,7 +191,7 @@ class IntegerSum(Bound):
         bound = 2**63 if pa.types.is_signed_integer(self.kind) else 2**64
         return bool(max(-low, high) * len(values) < bound)
 
-    def _joined(self, high_sum: pa.Array, low_sum: pa.Array, carry_sum: pa.Array) -> list[pa.Array]:
+    def joined(self, high_sum: pa.Array, low_sum: pa.Array, carry_sum: pa.Array) -> list[pa.Array]:
         """From sums of the high and low 32 bits to (sum modulo 2**64, carry)."""
         missing = low_sum.is_null().to_numpy(zero_copy_only=False)
         low = low_sum.fill_null(0).cast(pa.int64()).to_numpy()

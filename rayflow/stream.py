@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
+from rayflow import keyed_steps
 from rayflow.config import Duration, duration_us
 from rayflow.errors import PlanError
 from rayflow.expressions import Expr, as_expr
@@ -305,6 +306,55 @@ class KeyedStream(Stream):
                 "call .with_event_time(column) before key_by"
             )
         return WindowedStream(self, spec)
+
+    def agg(
+        self, *, emit: Literal["every", "batch"] = "every", name: str | None = None, **aggregates: Aggregate
+    ) -> Stream:
+        """Running aggregates: for every row the keys, the event time and the named aggregates of its key up to it.
+
+        With ``emit="batch"`` only the last of the rows of a key that come in one batch: fewer rows, as often as it
+        happens. ``first`` and ``last`` go by event time and, without one, by the order in which rows come.
+        """
+        node = keyed_steps.running_aggregate(self, aggregates, emit=emit, event_time=self._event_time, name=name)
+        return Stream(node, event_time=self._event_time)
+
+    def reduce(self, fn: Callable[[pa.RecordBatch, pa.RecordBatch], Any], *, name: str | None = None) -> Stream:
+        """For every row the updated row of its key: ``fn(state, rows)`` for many keys at once.
+
+        Both are record batches of the input's columns, row i of both of one key and every key once: what its rows have
+        been reduced to, and its next row. ``fn`` returns the new state, as a batch or a mapping of column to array;
+        keys may be left out, and the event time of the result is what it says. A key's first row goes out as it is.
+        A key with n rows in a batch takes n calls: where few keys have most of the rows, `agg` is faster by far.
+        """
+        return Stream(keyed_steps.reduce(self, fn, name=name), event_time=self._event_time)
+
+    def deduplicate(self, *, within: Duration | None = None, name: str | None = None) -> DeduplicatedStream:
+        """The first row of each key; later ones never pass.
+
+        With ``within`` a row passes again if its event time is at least so much later than that of the last row of its
+        key that passed. Keys are then forgotten as event time goes on, and rows behind the watermark do not pass: see
+        `DeduplicatedStream.late`.
+        """
+        node = keyed_steps.deduplicate(self, within=within, event_time=self._event_time, name=name)
+        return DeduplicatedStream(node, event_time=self._event_time)
+
+    def top(self, n: int, *, by: str, descending: bool = True, name: str | None = None) -> Stream:
+        """Rows that are among the best ``n`` of their key when they come, with their ``rank`` (1 is the best) then.
+
+        Of equal values the earlier row ranks first; rows with null in ``by`` are never ranked. The ranking at any
+        moment is the top ``n`` of the rows that have come out: those that fall behind are not taken back.
+        """
+        node = keyed_steps.top(self, n, by=by, descending=descending, name=name)
+        return Stream(node, event_time=self._event_time)
+
+
+class DeduplicatedStream(Stream):
+    """What `KeyedStream.deduplicate` gives."""
+
+    @property
+    def late(self) -> Stream:
+        """With ``within``: rows behind the watermark, which never pass, with the columns of the input."""
+        return Stream(self._node, tag="late")
 
 
 class WindowedStream:

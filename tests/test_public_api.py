@@ -20,7 +20,7 @@ from click.testing import CliRunner
 
 import rayflow as rf
 from rayflow.cli.main import main
-from rayflow.stream import WindowedStream, WindowResult
+from rayflow.stream import DeduplicatedStream, WindowedStream, WindowResult
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 
@@ -39,7 +39,8 @@ METHODS = {
         "broadcast", "collect", "drop", "filter", "flat_map", "key_by", "map", "map_batches", "print", "rebalance",
         "rename", "select", "show", "take", "to_arrow", "union", "with_columns", "with_event_time", "write_parquet",
     },
-    rf.KeyedStream: {"window"},
+    rf.KeyedStream: {"agg", "deduplicate", "reduce", "top", "window"},
+    DeduplicatedStream: {"late"},
     WindowedStream: {"agg"},
     WindowResult: {"late"},
     rf.Flow: {"explain", "plan", "run", "submit", "to_mermaid"},

@@ -1,0 +1,1 @@
+"""Steps on a keyed stream without windows: running aggregates, reduce, deduplicate, top n."""
