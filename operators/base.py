@@ -193,6 +193,8 @@ class RestoredState:
     """The id of the `Piece` it was, to be frozen again under; "" when it was written for one checkpoint only, or comes
     from a savepoint."""
     folder: RestoredFolder | None = None
+    subkey_columns: tuple[str, ...] = ()
+    """As in `FrozenTable`."""
 
 
 # ------------------------------------------------------------------------------------------------ state on local disk

@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from rayflow.operators.base import FrozenState, OperatorContext, RestoredState
+from rayflow.errors import ProtocolError, StateSchemaError
+from rayflow.operators.base import (
+    DELETED,
+    EXPIRES,
+    FrozenState,
+    FrozenTable,
+    OperatorContext,
+    Piece,
+    RestoredState,
+    new_piece,
+)
+from rayflow.operators.state.evolution import migrate
 from rayflow.operators.state.table import StateTable
 
 
@@ -18,11 +32,25 @@ class KeyedState:
     """
 
     def __init__(self, ctx: OperatorContext, keys: tuple[str, ...]) -> None:
-        raise NotImplementedError
+        self._ctx = ctx
+        self._keys = keys
+        self._tables: dict[str, StateTable] = {}
+        self._restored: dict[str, list[_Restored]] = {}
+        """Of tables that are not declared (yet)."""
 
     def restore(self, states: Sequence[RestoredState]) -> None:
         """Before the first `table`. States of tables that are never declared are kept and frozen again, not lost."""
-        raise NotImplementedError
+        if self._tables or self._restored:
+            raise ProtocolError(f"{self._ctx}: state was restored after it was in use; restore comes first and once")
+        for state in states:
+            if state.folder is not None:
+                raise StateSchemaError(
+                    f"{self._ctx}: the checkpoint holds state {state.name!r} as files of {state.folder.format}, and "
+                    f"this run keeps state as {self._ctx.backend.kind!r}; restore from a savepoint of that run, or run "
+                    f"with state={state.folder.format!r}"
+                )
+            piece = new_piece([state.table]) if not state.piece else Piece(state.piece, (state.table,))
+            self._restored.setdefault(state.name, []).append(_Restored(state, piece))
 
     def table(
         self, name: str, keys: pa.Schema, values: pa.Schema, *, subkeys: int = 0, ttl_us: int | None = None
@@ -32,7 +60,16 @@ class KeyedState:
 
         Raises `StateSchemaError` if restored rows of that name have other columns and no migration leads to these.
         """
-        raise NotImplementedError
+        found = self._tables.get(name)
+        if found is not None:
+            return found
+        table = StateTable(name, keys, values, subkeys=subkeys, ttl_us=ttl_us, wall_time=self._ctx.wall_time)
+        for restored in self._restored.get(name, ()):
+            self._take_back(table, restored)
+        table.journal.forget_removed()
+        self._restored.pop(name, None)
+        self._tables[name] = table
+        return table
 
     def freeze(self) -> FrozenState:
         """The state of all tables as it is now, in time that does not grow with it (rule A3): for `Operator.snapshot`.
@@ -41,8 +78,77 @@ class KeyedState:
         pieces: rows changed since the last freeze, and a moving part of the rest, so that pieces can be let go. Under
         ``rocksdb`` all are in one `FrozenFolder`.
         """
-        raise NotImplementedError
+        tables = [
+            FrozenTable(
+                table.name,
+                schema=table.stored,
+                key_columns=self._keys,
+                pieces=table.journal.freeze(),
+                mode="upsert",
+                subkey_columns=tuple(table.keys.names[len(table.keys) - table.subkeys :]),
+            )
+            for table in self._tables.values()
+        ]
+        return FrozenState(tables=(*tables, *(self._undeclared(*item) for item in self._restored.items())))
 
     def close(self) -> None:
         """Release files and memory; safe at any time and twice."""
-        raise NotImplementedError
+        self._tables, self._restored = {}, {}
+
+    # -------------------------------------------------------------------------------------------------------- within
+
+    def _take_back(self, table: StateTable, restored: _Restored) -> None:
+        rows = restored.state.table
+        if len(rows) == 0 and not rows.schema.names:
+            return
+        user = pa.schema([*table.keys, *table.values])
+        moved = migrate(rows, user, keys=table.keys.names, where=f"{self._ctx}, state {table.name!r}")
+        flags = moved.column(DELETED) if DELETED in moved.schema.names else None
+        plain = moved.select(user.names)
+        if table.ttl_us is not None:
+            plain = plain.append_column(EXPIRES, self._expiry(table, moved))
+        exact = plain.schema.remove_metadata().equals(_without(rows.schema, DELETED).remove_metadata())
+        piece = Piece(restored.piece.id, (rows,), transient=True)
+        if not exact:
+            piece = new_piece([plain if flags is None else plain.append_column(DELETED, flags)], transient=True)
+        if flags is None:
+            slots = table.load(plain)
+        else:
+            removed = pc.fill_null(flags, False)
+            gone = table.index.find(plain.filter(removed).columns[: len(table.keys)])
+            table.drop(np.unique(gone[gone >= 0]))
+            slots = table.load(plain.filter(pc.invert(removed)))
+        if len(rows):
+            table.journal.adopt(piece, len(rows), slots)
+
+    def _expiry(self, table: StateTable, rows: pa.Table) -> pa.Array:
+        """When the rows expire; a state that had no time to live begins to have it now."""
+        if EXPIRES in rows.schema.names:
+            return rows.column(EXPIRES)
+        assert table.ttl_us is not None
+        due = int(self._ctx.wall_time() * 1_000_000) + table.ttl_us
+        return pa.array(np.full(len(rows), due, np.int64))
+
+    def _undeclared(self, name: str, kept: Sequence[_Restored]) -> FrozenTable:
+        """Rows of a table that nobody has asked for, as they came."""
+        first = kept[0].state
+        return FrozenTable(
+            name,
+            schema=first.table.schema,
+            key_columns=self._keys,
+            meta=first.meta,
+            pieces=tuple(restored.piece for restored in kept if len(restored.state.table)),
+            mode="upsert",
+            subkey_columns=first.subkey_columns,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Restored:
+    state: RestoredState
+    piece: Piece
+    """Its rows, under the id they had or a new one."""
+
+
+def _without(schema: pa.Schema, name: str) -> pa.Schema:
+    return schema.remove(schema.get_field_index(name)) if name in schema.names else schema

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from rayflow.operators.base import EXPIRES
 from rayflow.operators.grouping import Int64Array
+from rayflow.operators.state.columns import BoolArray, FixedColumn, as_type, grown, slot_column
+from rayflow.operators.state.index import Hasher, KeyIndex
+from rayflow.operators.state.journal import Journal
+from rayflow.partition import hash_columns
+
+
+class Keeper(Protocol):
+    """What becomes of changes: a `Journal` in memory, a cache over a local store under ``rocksdb``."""
+
+    def grow(self, capacity: int) -> None: ...
+    def touched(self, slots: Int64Array) -> None: ...
+    def removing(self, slots: Int64Array) -> None: ...
+    def settle(self) -> None: ...
+    def clear(self) -> None: ...
 
 
 class StateTable:
@@ -23,10 +38,34 @@ class StateTable:
     keys: pa.Schema
     values: pa.Schema
 
+    def __init__(
+        self,
+        name: str,
+        keys: pa.Schema,
+        values: pa.Schema,
+        *,
+        subkeys: int = 0,
+        ttl_us: int | None = None,
+        wall_time: Callable[[], float] = lambda: 0.0,
+        hasher: Hasher = hash_columns,
+    ) -> None:
+        self.name, self.keys, self.values = name, keys, values
+        self.subkeys, self.ttl_us = subkeys, ttl_us
+        fields = [*keys, *values, *([pa.field(EXPIRES, pa.int64())] if ttl_us is not None else [])]
+        self.stored = pa.schema(fields)
+        """Columns of a row in a checkpoint."""
+        self.index = KeyIndex(keys, hasher)
+        self.columns = {field.name: slot_column(field.type) for field in values}
+        self._expires: Int64Array = np.zeros(0, np.int64)
+        self._wall_time = wall_time
+        self._hasher = hasher
+        self.journal = Journal(self)
+        self._keeper: Keeper = self.journal
+
     @property
     def rows(self) -> int:
         """Rows there are (under ``rocksdb`` those in memory)."""
-        raise NotImplementedError
+        return self.index.count
 
     def slots(self, keys: Sequence[pa.Array], *, insert: bool) -> Int64Array:
         """The slot of each row's key, -1 where there is none; with ``insert`` rows are made (all values null).
@@ -34,51 +73,155 @@ class StateTable:
         Keys may repeat: equal keys get equal slots. Null is a key like any other. Rows whose time to live has passed
         are not there.
         """
-        raise NotImplementedError
+        self._keeper.settle()
+        if not insert:
+            return self._present(self.index.find(keys))
+        slots, new = self.index.insert(keys)
+        self._room()
+        if self.ttl_us is not None and len(new) < len(slots):
+            outdated = self.outdated(slots)
+            if outdated is not None and outdated.any():
+                again = slots[outdated]
+                self.empty(again)
+                self.touch(again)
+        if len(new):
+            self.empty(new)
+            self.touch(new)
+        return slots
 
     def key_arrays(self, slots: Int64Array) -> list[pa.Array]:
         """The keys of these rows, a column each."""
-        raise NotImplementedError
+        return self.index.keys(slots)
 
     def get(self, slots: Int64Array, column: str) -> pa.Array:
         """Values in the column's type; null where the slot is -1."""
-        raise NotImplementedError
+        return self.columns[column].get(slots)
 
     def set(self, slots: Int64Array, column: str, values: pa.Array) -> None:
         """Of several rows with one slot the last counts. No slot may be -1."""
-        raise NotImplementedError
+        found = self.columns[column]
+        found.put(slots, found.prepare(as_type(values, found.kind)), None)
+        self.touch(slots)
 
     def numbers(self, column: str) -> npt.NDArray[Any]:
         """The values of a fixed-width column by slot, to be read and written in place by kernels of the engine.
 
         Integers, floats and bool as themselves, temporal types as their integers. Valid until the next `slots`. Writers
-        call `touch`. Null is not seen here: see `valid`.
+        call `touch`. Null is not seen here (it reads as zero in a new row): see `valid`. Raises TypeError for a column
+        of another type, such as a string or a decimal.
         """
-        raise NotImplementedError
+        found = self.columns[column]
+        if not isinstance(found, FixedColumn):
+            raise TypeError(f"column {column!r} of state {self.name!r} is {found.kind}, not a number; use get and set")
+        return found.data
 
     def valid(self, column: str) -> npt.NDArray[np.bool_]:
         """Which slots hold a value, by slot; as `numbers`."""
-        raise NotImplementedError
+        return self.columns[column].valid
 
     def touch(self, slots: Int64Array) -> None:
-        """These rows were changed through `numbers` or `valid`: the next checkpoint must have them."""
-        raise NotImplementedError
+        """These rows were changed through `numbers` or `valid`, or will be before the next `slots`: the next checkpoint
+        must have them."""
+        if self.ttl_us is not None:
+            self._expires[slots] = self._now() + self.ttl_us
+        self._keeper.touched(slots)
 
     def delete(self, slots: Int64Array) -> None:
         """Remove the rows; -1 and repeated slots are allowed."""
-        raise NotImplementedError
+        slots = np.unique(slots)
+        slots = slots[np.searchsorted(slots, 0) :]
+        self.drop(slots[self.index.alive[slots]])
 
     def clear(self) -> None:
         """Remove every row."""
-        raise NotImplementedError
+        self.index.remove(np.flatnonzero(self.index.alive[: self.index.high]))
+        self._keeper.clear()
 
     def scan(self, batch_rows: int = 65_536) -> Iterator[pa.RecordBatch]:
         """All rows, keys then values, on disk and in memory, each once; the table must not be changed meanwhile."""
-        raise NotImplementedError
+        slots = self._live()
+        for low in range(0, len(slots), batch_rows):
+            yield self._visible(slots[low : low + batch_rows])
 
     def with_prefix(self, prefixes: Sequence[pa.Array]) -> pa.RecordBatch:
         """All rows (keys then values) whose key begins with one of these; for tables with a subkey.
 
         ``prefixes`` are the first columns of the key, distinct. Rows come grouped by prefix, in no order within.
         """
-        raise NotImplementedError
+        slots = self._live()
+        wanted = KeyIndex(pa.schema(list(self.keys)[: len(prefixes)]), self._hasher)
+        wanted.insert(prefixes)
+        found = wanted.find([column.get(slots) for column in self.index.columns[: len(prefixes)]])
+        which = np.flatnonzero(found >= 0)
+        return self._visible(slots[which[np.argsort(found[which], kind="stable")]])
+
+    # ------------------------------------------------------------------------------------- for the keeper of changes
+
+    def gather(self, slots: Int64Array) -> pa.RecordBatch:
+        """Copies of the rows as they stand in a checkpoint."""
+        columns = self.index.keys(slots) + [column.get(slots) for column in self.columns.values()]
+        if self.ttl_us is not None:
+            columns.append(pa.array(self._expires[slots]))
+        return pa.RecordBatch.from_arrays(columns, schema=self.stored)
+
+    def outdated(self, slots: Int64Array) -> BoolArray | None:
+        if self.ttl_us is None:
+            return None
+        outdated: BoolArray = self._expires[slots] <= self._now()
+        return outdated
+
+    def drop(self, slots: Int64Array) -> None:
+        if len(slots):
+            self._keeper.removing(slots)
+            self.index.remove(slots)
+
+    def load(self, rows: pa.Table) -> Int64Array:
+        """Put rows of a checkpoint, columns `stored`, into the table; nothing counts as changed."""
+        slots, new = self.index.insert([rows.column(i) for i in range(len(self.keys))])
+        self._room()
+        self.empty(new)
+        for field, column in zip(self.values, self.columns.values(), strict=True):
+            column.put(slots, column.prepare(as_type(rows.column(field.name), field.type)), None)
+        if self.ttl_us is not None:
+            self._expires[slots] = as_type(rows.column(EXPIRES), pa.int64()).fill_null(0).to_numpy()
+        return slots
+
+    def empty(self, slots: Int64Array) -> None:
+        """All values null."""
+        for column in self.columns.values():
+            column.clear(slots)
+
+    # -------------------------------------------------------------------------------------------------------- within
+
+    def _now(self) -> int:
+        return int(self._wall_time() * 1_000_000)
+
+    def _room(self) -> None:
+        """All columns as long as the index."""
+        capacity = self.index.capacity
+        if len(self.index.alive) and self._grown_to != capacity:
+            for column in self.columns.values():
+                column.grow(capacity)
+            if self.ttl_us is not None:
+                self._expires = grown(self._expires, capacity)
+            self._keeper.grow(capacity)
+            self._grown_to = capacity
+
+    _grown_to = 0
+
+    def _present(self, slots: Int64Array) -> Int64Array:
+        if self.ttl_us is not None and len(self._expires):
+            outdated = self._expires[slots] <= self._now()
+            outdated &= slots >= 0
+            if outdated.any():
+                slots = np.where(outdated, -1, slots)
+        return slots
+
+    def _live(self) -> Int64Array:
+        slots = np.flatnonzero(self.index.alive[: self.index.high])
+        outdated = self.outdated(slots)
+        return slots if outdated is None else slots[~outdated]
+
+    def _visible(self, slots: Int64Array) -> pa.RecordBatch:
+        columns = self.index.keys(slots) + [column.get(slots) for column in self.columns.values()]
+        return pa.RecordBatch.from_arrays(columns, schema=pa.schema([*self.keys, *self.values]))
