@@ -1,14 +1,18 @@
 """Where everything lies below a job's checkpoint directory. Every path has one builder, and where needed one parser.
 
     chk-00000042/manifest.json                            the commit point of checkpoint 42 (rule C5)
-    chk-00000042/<operator>-<subtask>.<state>.arrow       state written for checkpoint 42
-    shared/<content hash>.<kind>                          immutable, referred to by several manifests (rule C7)
+    chk-00000042/<chain>-<subtask>.arrows                 all small state that a subtask wrote for checkpoint 42
+    chk-00000042/released                                 savepoint 42 is needed no longer, and kept like any other
+    shared/00000042-<operator>-<subtask>.<state>-<n>.arrow   a piece of state that later manifests may name too (C7)
+    shared/00000042-<operator>-<subtask>.<file>.sst       the same for a file of a store on local disk
     coordinators/00000003.claim.json                      the third coordinator of this directory exists (rule C8)
     coordinators/00000003.restored-00000042.ids-00000101-00000201.json   what it decided (`rayflow.storage.fencing`)
     savepoints/...                                        the user's own; never deleted by rayflow
 
 Text of users (job, operator, state names) is quoted injectively: two different names never give one path, and no name
-can leave the directory. Numbers have at least eight digits, so that people see them in order; parsers take more.
+can leave the directory. What is shared is named by the checkpoint that wrote it, not by its content: a content name
+could be deleted for an old checkpoint just while it is written again for a new one. Numbers have at least eight digits,
+so that people see them in order; parsers take more.
 """
 
 from __future__ import annotations
@@ -28,6 +32,8 @@ SAVEPOINTS = "savepoints/"
 _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")
 _QUOTED_MAX = 100
 _CHECKPOINT = re.compile(r"chk-(\d{8,})/(.+)")
+_SHARED = re.compile(r"shared/(\d{8,})-.+")
+_IMMUTABLE = re.compile(r"shared/\d{8,}-[^./]+\.([^./]+)\.sst")
 _CLAIM = re.compile(r"coordinators/(\d{8,})\.claim\.json")
 _DECISION = re.compile(r"coordinators/(\d{8,})\.restored-(none|\d{8,})\.ids-(\d{8,})-(\d{8,})\.json")
 
@@ -87,12 +93,29 @@ def manifest_path(checkpoint: int) -> str:
     return f"{checkpoint_folder(checkpoint)}manifest.json"
 
 
-def state_path(checkpoint: int, operator: str, subtask: int, name: str) -> str:
-    return f"{checkpoint_folder(checkpoint)}{quote(operator, dots=False)}-{subtask}.{quote(name, dots=False)}.arrow"
+def pack_path(checkpoint: int, chain: str, subtask: int) -> str:
+    return f"{checkpoint_folder(checkpoint)}{quote(chain, dots=False)}-{subtask}.arrows"
 
 
-def shared_path(digest: str, kind: str) -> str:
-    return f"{SHARED}{quote(digest)}.{quote(kind)}"
+def released_path(checkpoint: int) -> str:
+    """An object, whatever is in it, that takes the pin off a savepoint kept as a checkpoint."""
+    return f"{checkpoint_folder(checkpoint)}released"
+
+
+def shared_prefix(checkpoint: int) -> str:
+    """Of everything in ``shared/`` that this checkpoint has written."""
+    return f"{SHARED}{checkpoint:08d}-"
+
+
+def piece_path(checkpoint: int, operator: str, subtask: int, name: str, number: int) -> str:
+    """``number`` tells the pieces of one state in one checkpoint apart."""
+    where = f"{quote(operator, dots=False)}-{subtask}.{quote(name, dots=False)}-{number}"
+    return f"{shared_prefix(checkpoint)}{where}.arrow"
+
+
+def immutable_path(checkpoint: int, operator: str, subtask: int, immutable: str) -> str:
+    """A file of a local store; see `FolderFile.immutable`."""
+    return f"{shared_prefix(checkpoint)}{quote(operator, dots=False)}-{subtask}.{quote(immutable, dots=False)}.sst"
 
 
 def claim_path(incarnation: int) -> str:
@@ -115,6 +138,18 @@ def parse_checkpoint(path: str) -> CheckpointId | None:
     """The checkpoint in whose folder ``path`` lies; None if it lies elsewhere."""
     match = _CHECKPOINT.fullmatch(path)
     return CheckpointId(int(match[1])) if match else None
+
+
+def parse_shared(path: str) -> CheckpointId | None:
+    """The checkpoint that wrote this file of ``shared/``; None if it lies elsewhere."""
+    match = _SHARED.fullmatch(path)
+    return CheckpointId(int(match[1])) if match else None
+
+
+def parse_immutable(path: str) -> str | None:
+    """The `FolderFile.immutable` that `immutable_path` was given; None if it is another file, or was too long."""
+    match = _IMMUTABLE.fullmatch(path)
+    return unquote(match[1]) if match else None
 
 
 def parse_claim(path: str) -> int | None:

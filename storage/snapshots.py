@@ -1,139 +1,268 @@
-"""State tables in and out of storage: Arrow IPC files that any Arrow reader opens, checked by size and SHA-256.
+"""State in and out of storage (manifest format 2), checked by size and SHA-256.
 
-A keyed table is sorted by key group (rule K2) and its handle says where each group begins, so that a subtask of any
-parallelism takes its own range (rules K1, K3) as one slice. The file is self-describing: its schema metadata names the
-operator, the key columns, the number of groups (rule K4) and the version of the hash they were computed with.
+Writing. A state is its pieces, oldest first, and what is written for this checkpoint only; each is one Arrow IPC file
+(`rayflow.storage.arrow_files`). Small ones go into the manifest, pieces of `SHARED_BYTES_MIN` and more into an object
+of their own in ``shared/``, all others one behind the other into one object a subtask and checkpoint (its sections).
+What may be named again (`rayflow.storage.reuse`) is not written at all.
 
-lz4, because it halves what is written for less time than writing it takes (2 M rows of 5 columns: 80 to 46 MB in
-0.13 s; written and synced 0.05 s instead of 0.23 s; read in 0.03 s; zstd saves a third more, reads 4 times slower).
+Reading. Of a keyed table a subtask takes its own range of key groups (rules K1, K3) by reading the blocks that hold it.
+The file is self-describing: its schema metadata names the operator, the key columns, the number of groups (rule K4) and
+the version of the hash they were computed with.
+
+A folder of a local store (``rocksdb``) is a handle whose ``parts`` are its immutable files; the few others are the rows
+of its table (``file``, ``data``). All of them, put into an empty folder, are the store.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
 
-from rayflow.core.manifest import FileRef, StateHandle, SubtaskSnapshot
+from rayflow.core.ids import SubtaskId
+from rayflow.core.manifest import Block, FileRef, StateHandle, SubtaskSnapshot
+from rayflow.core.restore import clip
 from rayflow.errors import CorruptCheckpointError, ProtocolError, StateTooLargeError
-from rayflow.operators.base import FrozenTable, RestoredState
-from rayflow.partition import HASH_VERSION, hash_columns, key_groups
-from rayflow.storage.layout import state_path
+from rayflow.operators.base import FrozenState, RestoredState
+from rayflow.partition import HASH_VERSION
+from rayflow.storage.arrow_files import checksum, read_block, read_head
+from rayflow.storage.folders import restored_folder
+from rayflow.storage.reuse import Reuse, Written
 from rayflow.storage.store import Store
+from rayflow.storage.writing import METADATA, SubtaskWriter
 
 MEMORY_STATE_BYTES_MAX: Final = 64 * 1024 * 1024
 """Inline state of one job that its coordinator holds with ``state="memory"``, as base64."""
 
-_ROWS_A_BATCH: Final = 65_536
-"""Record batches of this size let a reader take a range without reading the rest."""
-_METADATA: Final = b"rayflow"
+READ_BYTES_MAX: Final = 16 * 1024 * 1024
+"""Of one request; neighbouring blocks are read together up to this."""
+
+OpenRoot = Callable[[str], Store]
 
 
 class SnapshotStore:
-    """Writes frozen tables for a checkpoint and reads them back. Safe in several threads; holds no state of its own.
+    """Writes frozen states for a checkpoint and reads them back. Safe in several threads.
 
     ``inline_max_bytes``: a table whose file is not larger goes into its handle, and so into the manifest: one object
     less for each small state. None puts every table there (``state="memory"``), and ``store`` is not touched.
+    ``open_root`` opens the directory of a savepoint, by its URL.
     """
 
-    def __init__(self, store: Store, max_parallelism: int, inline_max_bytes: int | None = 4096) -> None:
+    def __init__(
+        self,
+        store: Store,
+        max_parallelism: int,
+        inline_max_bytes: int | None = 4096,
+        *,
+        open_root: OpenRoot | None = None,
+    ) -> None:
         self._store = store
         self._max_parallelism = max_parallelism
         self._inline_max_bytes = inline_max_bytes
+        self._open_root = open_root
+        self._roots: dict[str, Store] = {}
+        self.bytes_read = 0
+        """From storage, by `read` and what it returned; for measurements."""
 
-    def write(self, checkpoint: int, operator: str, subtask: int, parallelism: int, frozen: FrozenTable) -> StateHandle:
-        """Make the table durable; for the uploader thread (hashing and compression leave the GIL to others).
+    def write(
+        self,
+        checkpoint: int,
+        subtask: SubtaskId,
+        parallelism: int,
+        states: Sequence[tuple[str, FrozenState]],
+        reuse: Reuse | None = None,
+    ) -> Written:
+        """Make the states of one subtask durable; for the uploader thread (hashing and compression leave the GIL).
 
-        Raises `StorageError` if it cannot be written, `ProtocolError` if the frozen table cannot be one table.
+        ``states``: (operator id, its state). Pieces and immutable files in ``reuse`` are named, not written. Raises
+        `StorageError` if it cannot be written, `ProtocolError` if a state cannot be one table or a piece has no rows.
         """
-        who = f"state {frozen.name!r} of operator {operator!r} subtask {subtask}"
-        table = _as_table(frozen, who)
-        group_rows: tuple[tuple[int, int], ...] = ()
-        if frozen.key_columns is not None:
-            table, group_rows = self._by_key_group(table, frozen.key_columns, who)
-        data = _to_bytes(self._described(table, operator, frozen))
-        file, inline = None, None
-        if self._inline_max_bytes is None or len(data) <= self._inline_max_bytes:
-            inline = base64.b64encode(data).decode("ascii")
-        else:
-            file = FileRef(state_path(checkpoint, operator, subtask, frozen.name), len(data), checksum(data))
-            self._store.put(file.path, data)
-        return StateHandle(
-            operator=operator,
-            subtask=subtask,
-            parallelism=parallelism,
-            name=frozen.name,
-            rows=table.num_rows,
-            keyed=frozen.key_columns is not None,
-            file=file,
-            inline=inline,
-            group_rows=group_rows,
-            meta=frozen.meta,
+        writer = SubtaskWriter(
+            self._store,
+            checkpoint,
+            subtask,
+            parallelism,
+            max_parallelism=self._max_parallelism,
+            inline_max_bytes=self._inline_max_bytes,
+            reuse=reuse or Reuse(),
         )
+        for operator, state in states:
+            for table in state.tables:
+                writer.add_table(operator, table)
+            for folder in state.folders:
+                writer.add_folder(operator, folder)
+        return writer.finish()
 
     def read(self, handle: StateHandle, key_groups: range | None = None) -> RestoredState:
-        """The table of ``handle``; of a keyed one only the rows in ``key_groups`` (None: all).
+        """The table of ``handle``; of a keyed one only the rows that are state in ``key_groups`` (None: all).
 
         Raises `CorruptCheckpointError` naming the file if it is missing, has another size or checksum, or does not hold
         what its handle says: never an empty state instead.
         """
         where = _where(handle)
+        groups = range(self._max_parallelism) if key_groups is None else key_groups
+        if handle.format != "arrow":
+            folder = restored_folder(handle, groups, self._max_parallelism, self._fetch, lambda: self._small(handle))
+            return RestoredState(handle.name, pa.table({}), handle.meta, folder=folder)
         self._check_groups(handle, where)
+        rows = slice(0, handle.rows)
+        if handle.keyed:
+            rows = rows_of_groups(handle, _within(groups, handle.groups))
+        table = self._table(handle, rows, where)
+        piece = handle.piece if key_groups is None else clip(handle, key_groups, self._max_parallelism).piece
+        if any(file.root is not None for file in handle.files):
+            piece = ""
+        return RestoredState(handle.name, _undescribed(table), handle.meta, piece)
+
+    def read_schema(self, handle: StateHandle) -> pa.Schema:
+        """The columns of a table, reading no rows where that is possible. Raises what `read` raises."""
+        return self._schema(handle).remove_metadata()
+
+    def key_columns(self, handle: StateHandle) -> tuple[str, ...] | None:
+        """The columns that tell its key group; None for state without keys. Raises what `read` raises."""
+        if not handle.keyed:
+            return None
+        return tuple(_own(self._schema(handle), _where(handle))["key_columns"])
+
+    # ---------------------------------------------------------------------------------------------------------- tables
+
+    def _schema(self, handle: StateHandle) -> pa.Schema:
+        where = _where(handle)
+        if handle.format != "arrow":
+            raise ProtocolError(f"{where} is a folder of a local store and has no columns; its meta tells its tables")
+        return self._table(handle, slice(0, 0), where).schema
+
+    def _table(self, handle: StateHandle, rows: slice, where: str) -> pa.Table:
         try:
+            if handle.blocks and handle.inline is None:
+                return self._read_blocks(handle, rows, where)
             with pa.ipc.open_file(pa.py_buffer(self._bytes(handle, where))) as reader:
-                rows = slice(0, handle.rows)
-                if handle.keyed and key_groups is not None:
-                    rows = rows_of_groups(handle, key_groups)
                 self._check_described(reader.schema, handle, where)
-                table = _read_rows(reader, rows, handle, where)
+                return _read_rows(reader, rows, handle, where)
         except pa.ArrowException as error:
             raise CorruptCheckpointError(f"{where} is no Arrow file: {error}; use an earlier checkpoint") from error
-        metadata = {k: v for k, v in (table.schema.metadata or {}).items() if k != _METADATA}
-        return RestoredState(handle.name, table.replace_schema_metadata(metadata or None), handle.meta)
 
-    def _by_key_group(
-        self, table: pa.Table, key_columns: tuple[str, ...], who: str
-    ) -> tuple[pa.Table, tuple[tuple[int, int], ...]]:
-        missing = [name for name in key_columns if name not in table.column_names]
-        if missing or not key_columns:
-            raise ProtocolError(f"{who} names key columns {key_columns}, its table has {table.column_names}")
-        if not table.num_rows:
-            return table, ()
-        groups = key_groups(
-            hash_columns([table.column(name) for name in key_columns], list(key_columns)), self._max_parallelism
-        )
-        if np.any(groups[1:] < groups[:-1]):
-            order = np.argsort(groups, kind="stable")
-            groups, table = groups[order], table.take(pa.array(order))
-        present, first = np.unique(groups, return_index=True)
-        return table, tuple(zip(present.tolist(), first.tolist(), strict=True))
+    def _read_blocks(self, handle: StateHandle, rows: slice, where: str) -> pa.Table:
+        head, *batches = handle.blocks
+        ends = [*(block.first_row for block in batches[1:]), handle.rows]
+        wanted = [
+            (block, end)
+            for block, end in zip(batches, ends, strict=False)
+            if max(block.first_row, rows.start) < min(end, rows.stop)
+        ]
+        schema, kept = None, []
+        views = self._block_views(handle, [head, *(block for block, _ in wanted)], where)
+        for (block, end), view in zip([(head, 0), *wanted], views, strict=True):
+            if schema is None:
+                schema = read_head(bytes(view))
+                self._check_described(schema, handle, where)
+                continue
+            batch = read_block(view, schema)
+            if batch.num_rows != end - block.first_row:
+                raise CorruptCheckpointError(
+                    f"{where} has {batch.num_rows} rows from row {block.first_row} on, its manifest says "
+                    f"{end - block.first_row}; use an earlier checkpoint"
+                )
+            start = max(rows.start - block.first_row, 0)
+            kept.append(batch.slice(start, min(rows.stop, end) - block.first_row - start))
+        return pa.Table.from_batches(kept, schema)
 
-    def _described(self, table: pa.Table, operator: str, frozen: FrozenTable) -> pa.Table:
-        own: dict[str, Any] = {"operator": operator, "state": frozen.name}
-        if frozen.key_columns is not None:
-            own |= {
-                "key_columns": list(frozen.key_columns),
-                "max_parallelism": self._max_parallelism,
-                "hash_version": HASH_VERSION,
-            }
-        text = json.dumps(own, sort_keys=True).encode()
-        return table.replace_schema_metadata({**(table.schema.metadata or {}), _METADATA: text})
+    def _block_views(self, handle: StateHandle, blocks: Sequence[Block], where: str) -> Iterable[memoryview]:
+        """The bytes of each block, checked; neighbours are read by one request."""
+        base = 0 if handle.section is None else handle.section.offset
+        for run in _runs(blocks):
+            start, stop = run[0].offset, run[-1].offset + run[-1].nbytes
+            view = memoryview(self._range(handle, base + start, base + stop, where))
+            for block in run:
+                part = view[block.offset - start : block.offset - start + block.nbytes]
+                if (found := checksum(part)) != block.checksum:
+                    raise CorruptCheckpointError(
+                        f"{where} has checksum {found} in bytes {base + block.offset} to "
+                        f"{base + block.offset + block.nbytes}, its manifest says {block.checksum}; "
+                        "use an earlier checkpoint"
+                    )
+                yield part
+
+    def _small(self, handle: StateHandle) -> pa.Table:
+        """The files of a folder that are rows of its own table."""
+        where = _where(handle)
+        try:
+            with pa.ipc.open_file(pa.py_buffer(self._bytes(handle, where))) as reader:
+                return reader.read_all()
+        except pa.ArrowException as error:
+            raise CorruptCheckpointError(f"{where} is no Arrow file: {error}; use an earlier checkpoint") from error
+
+    # ----------------------------------------------------------------------------------------------------------- bytes
+
+    def _bytes(self, handle: StateHandle, where: str) -> bytes:
+        """A whole table."""
+        if handle.inline is not None:
+            try:
+                return base64.b64decode(handle.inline, validate=True)
+            except (binascii.Error, ValueError) as error:
+                raise CorruptCheckpointError(f"{where} is not base64: {error}") from error
+        section = handle.section
+        if handle.file is None:
+            raise CorruptCheckpointError(f"{where} has neither a file nor inline data")
+        if section is None:
+            return self._fetch(handle.file, where)
+        data = self._range(handle, section.offset, section.offset + section.nbytes, where)
+        if (found := checksum(data)) != section.checksum:
+            raise CorruptCheckpointError(
+                f"{where} has checksum {found} in its section, its manifest says {section.checksum}; "
+                "use an earlier checkpoint"
+            )
+        return data
+
+    def _fetch(self, file: FileRef, where: str) -> bytes:
+        """A whole file."""
+        try:
+            data = self._store_of(file, where).get(file.path)
+        except FileNotFoundError as error:
+            raise CorruptCheckpointError(f"{where} is missing; use an earlier checkpoint") from error
+        self.bytes_read += len(data)
+        problem = mismatch(data, file)
+        if problem:
+            raise CorruptCheckpointError(f"{where} {problem}; use an earlier checkpoint")
+        return data
+
+    def _range(self, handle: StateHandle, start: int, stop: int, where: str) -> bytes:
+        assert handle.file is not None
+        try:
+            data = self._store_of(handle.file, where).get_range(handle.file.path, start, stop)
+        except FileNotFoundError as error:
+            raise CorruptCheckpointError(f"{where} is missing; use an earlier checkpoint") from error
+        self.bytes_read += len(data)
+        if len(data) != stop - start:
+            raise CorruptCheckpointError(
+                f"{where} has {start + len(data)} bytes, its manifest says {handle.file.nbytes}; "
+                "use an earlier checkpoint"
+            )
+        return data
+
+    def _store_of(self, file: FileRef, where: str) -> Store:
+        if file.root is None:
+            return self._store
+        if self._open_root is None:
+            raise ProtocolError(f"{where} lies in {file.root}, and nothing was given to open it with")
+        if file.root not in self._roots:
+            self._roots[file.root] = self._open_root(file.root)
+        return self._roots[file.root]
+
+    # ---------------------------------------------------------------------------------------------------------- checks
 
     def _check_described(self, schema: pa.Schema, handle: StateHandle, where: str) -> None:
         if not handle.keyed:
             return
-        try:
-            own = json.loads((schema.metadata or {})[_METADATA])
-            groups, version = own["max_parallelism"], own["hash_version"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise CorruptCheckpointError(f"{where} does not tell its key groups ({error!r})") from error
+        own = _own(schema, where)
+        groups, version = own["max_parallelism"], own["hash_version"]
         if groups != self._max_parallelism:
             raise CorruptCheckpointError(
                 f"{where} has {groups} key groups, the job has max_parallelism={self._max_parallelism}: it is fixed "
@@ -158,23 +287,10 @@ class SnapshotStore:
                 f"{where} has key group {pairs[-1][0]}, the job has max_parallelism={self._max_parallelism}: it is "
                 "fixed for the life of a job (rule K4)"
             )
-
-    def _bytes(self, handle: StateHandle, where: str) -> bytes:
-        if handle.inline is not None:
-            try:
-                return base64.b64decode(handle.inline, validate=True)
-            except (binascii.Error, ValueError) as error:
-                raise CorruptCheckpointError(f"{where} is not base64: {error}") from error
-        if handle.file is None:
-            raise CorruptCheckpointError(f"{where} has neither a file nor inline data")
-        try:
-            data = self._store.get(handle.file.path)
-        except FileNotFoundError as error:
-            raise CorruptCheckpointError(f"{where} is missing; use an earlier checkpoint") from error
-        problem = mismatch(data, handle.file)
-        if problem:
-            raise CorruptCheckpointError(f"{where} {problem}; use an earlier checkpoint")
-        return data
+        if any(a.first_row > b.first_row or a.offset + a.nbytes > b.offset for a, b in pairwise(handle.blocks)) or any(
+            b.offset != 0 for b in handle.blocks[:1]
+        ):
+            raise CorruptCheckpointError(f"{where} has an index of blocks that contradicts itself")
 
 
 def rows_of_groups(handle: StateHandle, groups: range) -> slice:
@@ -185,9 +301,12 @@ def rows_of_groups(handle: StateHandle, groups: range) -> slice:
     return slice(start, max(start, stop))
 
 
-def checksum(data: bytes) -> str:
-    """As a `FileRef` has it."""
-    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+def rows_that_count(handle: StateHandle) -> int:
+    """Rows that are state; fewer than the piece has where some of its key groups belong to others."""
+    if not handle.group_rows or handle.groups is None:
+        return handle.rows
+    rows = rows_of_groups(handle, range(*handle.groups))
+    return int(rows.stop - rows.start)
 
 
 def mismatch(data: bytes, expected: FileRef) -> str:
@@ -215,30 +334,52 @@ def check_memory_state(snapshots: Iterable[SubtaskSnapshot], limit: int = MEMORY
         )
 
 
+def dealt(state: RestoredState, index: int, parallelism: int) -> RestoredState:
+    """What subtask ``index`` gets of a table whose rows are dealt out in turn (`StateHandle.spread` ``list``)."""
+    rows = pa.array(np.arange(index, state.table.num_rows, parallelism))
+    return replace(state, table=state.table.take(rows), piece="")
+
+
 def _where(handle: StateHandle) -> str:
     place = "inline state" if handle.file is None else f"state file {handle.file.path}"
     return f"{place} ({handle.name!r} of operator {handle.operator!r} subtask {handle.subtask})"
 
 
-def _as_table(frozen: FrozenTable, who: str) -> pa.Table:
+def _within(groups: range, own: tuple[int, int] | None) -> range:
+    if own is None:
+        return groups
+    start = max(groups.start, own[0])
+    return range(start, max(start, min(groups.stop, own[1])))
+
+
+def _own(schema: pa.Schema, where: str) -> dict[str, Any]:
     try:
-        tables = [b if isinstance(b, pa.Table) else pa.Table.from_batches([b]) for b in frozen.batches]
-        if tables:
-            return pa.concat_tables(tables).combine_chunks().unify_dictionaries()
-    except pa.ArrowException as error:
-        raise ProtocolError(f"{who} has batches of several schemas: {error}") from error
-    if frozen.schema is None:
-        raise ProtocolError(f"{who} has no batches and no schema; an empty state must say its schema")
-    return frozen.schema.empty_table()
+        own: dict[str, Any] = json.loads((schema.metadata or {})[METADATA])
+        if missing := {"key_columns", "max_parallelism", "hash_version"} - own.keys():
+            raise KeyError(*sorted(missing))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptCheckpointError(f"{where} does not tell its key groups ({error!r})") from error
+    return own
 
 
-def _to_bytes(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    options = pa.ipc.IpcWriteOptions(compression="lz4")
-    with pa.ipc.new_file(sink, table.schema, options=options) as writer:
-        writer.write_table(table, max_chunksize=_ROWS_A_BATCH)
-    data: bytes = sink.getvalue().to_pybytes()
-    return data
+def _undescribed(table: pa.Table) -> pa.Table:
+    metadata = {k: v for k, v in (table.schema.metadata or {}).items() if k != METADATA}
+    return table.replace_schema_metadata(metadata or None)
+
+
+def _runs(blocks: Sequence[Block]) -> Iterable[list[Block]]:
+    """Blocks that lie one behind the other, at most `READ_BYTES_MAX` together unless one alone is larger."""
+    run: list[Block] = []
+    for block in blocks:
+        if run and (
+            run[-1].offset + run[-1].nbytes != block.offset
+            or block.offset + block.nbytes - run[0].offset > READ_BYTES_MAX
+        ):
+            yield run
+            run = []
+        run.append(block)
+    if run:
+        yield run
 
 
 def _read_rows(reader: Any, rows: slice, handle: StateHandle, where: str) -> pa.Table:

@@ -8,6 +8,7 @@ Operator state without keys is dealt out by its `StateHandle.spread`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from difflib import get_close_matches
 
 from rayflow.core.ids import SubtaskId
@@ -101,6 +102,22 @@ def groups_of(handle: StateHandle, max_parallelism: int) -> range:
     if handle.groups is not None:
         return range(*handle.groups)
     return key_group_range(handle.subtask, handle.parallelism, max_parallelism)
+
+
+def clip(handle: StateHandle, key_groups: range, max_parallelism: int) -> StateHandle:
+    """The handle as the owner of ``key_groups`` names it: what lies outside does not count (rule K3).
+
+    A part of a piece is another piece and has another id, or the parts would be one again after the next rescale.
+    """
+    if not handle.keyed:
+        return handle
+    before = groups_of(handle, max_parallelism)
+    start = max(before.start, key_groups.start)
+    own = range(start, max(start, min(before.stop, key_groups.stop)))
+    piece = handle.piece
+    if piece and own != before:
+        piece = f"{piece.partition('@')[0]}@{own.start}-{own.stop}"
+    return replace(handle, groups=(own.start, own.stop), piece=piece)
 
 
 def _receivers(handle: StateHandle, parallelism: int, max_parallelism: int) -> list[int]:

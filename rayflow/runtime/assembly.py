@@ -9,6 +9,7 @@ from rayflow.config import JobConfig, duration_us
 from rayflow.core.ids import Attempt, ChannelId, SubtaskId
 from rayflow.core.keygroups import key_group_range
 from rayflow.core.manifest import StateHandle
+from rayflow.core.restore import clip
 from rayflow.operators.base import Committer, OperatorContext, RestoredState
 from rayflow.plan import Plan, PlannedOperator
 from rayflow.runtime.chain import ChainRunner
@@ -16,6 +17,7 @@ from rayflow.runtime.emitter import Emitter, Offer, partitioner_of
 from rayflow.runtime.ports import SnapshotStore
 from rayflow.runtime.source import SourceRunner
 from rayflow.runtime.uploads import Uploads
+from rayflow.storage.snapshots import dealt
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +84,14 @@ class Parts:
             wall_time=self._wall_time,
         )
 
-    def uploads(self, store: SnapshotStore) -> Uploads:
-        return Uploads(self._subtask, self._plan.parallelism, store, committers_of(self._plan.operators))
+    def uploads(self, store: SnapshotStore, restored: Sequence[StateHandle] = ()) -> Uploads:
+        """``restored``: what this attempt begins with; the pieces in it need not be written again."""
+        own = [clip(h, self.key_groups, self._spec.plan.max_parallelism) for h in restored if not self._is_dealt(h)]
+        return Uploads(self._subtask, self._plan.parallelism, store, committers_of(self._plan.operators), own)
+
+    def _is_dealt(self, handle: StateHandle) -> bool:
+        """Whether this subtask gets only some of the rows of state without keys."""
+        return not handle.keyed and handle.spread == "list" and handle.parallelism != self._plan.parallelism
 
     def emitter(self, offer: Offer) -> Emitter:
         plan, config = self._spec.plan, self._spec.config
@@ -112,9 +120,12 @@ class Parts:
         return None if planned is None else SourceRunner(planned, self.context(planned.id, planned.title))
 
     def states(self, handles: Sequence[StateHandle], store: SnapshotStore) -> dict[str, list[RestoredState]]:
-        """The states by operator; keyed ones hold the rows of this subtask's key groups only (rule K3)."""
+        """The states by operator; keyed ones hold the rows of this subtask's key groups only (rule K3), and of a table
+        that is dealt out row by row it gets every n-th row."""
         states: dict[str, list[RestoredState]] = {}
         for handle in handles:
             restored = store.read(handle, self.key_groups if handle.keyed else None)
+            if self._is_dealt(handle):
+                restored = dealt(restored, self._subtask.index, self._plan.parallelism)
             states.setdefault(handle.operator, []).append(restored)
         return states

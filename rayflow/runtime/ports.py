@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from rayflow.core.ids import Attempt, ChannelId, CheckpointId
+from rayflow.core.ids import Attempt, ChannelId, CheckpointId, SubtaskId
 from rayflow.core.manifest import StateHandle, SubtaskSnapshot
 from rayflow.core.messages import CommandEnvelope, Element, ReportEnvelope
-from rayflow.operators.base import FrozenTable, RestoredState
+from rayflow.operators.base import FrozenState, RestoredState
+from rayflow.storage.reuse import Reuse, Written
 
 # --------------------------------------------------------------------------------------- what a subtask's inbox holds
 
@@ -141,7 +142,12 @@ class SnapshotStore(Protocol):
     (read)."""
 
     def write(
-        self, checkpoint: CheckpointId, operator: str, subtask: int, parallelism: int, frozen: FrozenTable
-    ) -> StateHandle: ...
+        self,
+        checkpoint: CheckpointId,
+        subtask: SubtaskId,
+        parallelism: int,
+        states: Sequence[tuple[str, FrozenState]],
+        reuse: Reuse,
+    ) -> Written: ...
 
     def read(self, handle: StateHandle, key_groups: range | None) -> RestoredState: ...

@@ -236,7 +236,7 @@ class SubtaskRuntime:
             raise ProtocolError(f"{self.subtask} was launched while {self.phase.value}")
         self._restored_from = launch.restored_from
         parts = Parts(self._spec, self.subtask, self.attempt, now=self._host.now, wall_time=self._host.wall_time)
-        self._uploads = parts.uploads(self._store)
+        self._uploads = parts.uploads(self._store, launch.states)
         self._emitter = parts.emitter(self._offer)
         self._chain = parts.chain(self._emitter)
         self._chain.open(parts.states(launch.states, self._store))

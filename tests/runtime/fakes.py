@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from rayflow.core.ids import Attempt, ChannelId, CheckpointId
+from rayflow.core.ids import Attempt, ChannelId, CheckpointId, SubtaskId
 from rayflow.core.manifest import Json, StateHandle
 from rayflow.core.messages import Element, Report, ReportEnvelope
 from rayflow.operators.base import (
@@ -27,6 +27,7 @@ from rayflow.operators.base import (
 )
 from rayflow.plan import PlannedOperator
 from rayflow.runtime.ports import SubtaskEvent
+from rayflow.storage.reuse import Reuse, Written
 
 
 def batch(*values: int) -> pa.RecordBatch:
@@ -191,15 +192,24 @@ class KeptStates:
         self.error: Exception | None = None
 
     def write(
-        self, checkpoint: CheckpointId, operator: str, subtask: int, parallelism: int, frozen: FrozenTable
-    ) -> StateHandle:
+        self,
+        checkpoint: CheckpointId,
+        subtask: SubtaskId,
+        parallelism: int,
+        states: Sequence[tuple[str, FrozenState]],
+        reuse: Reuse,
+    ) -> Written:
         if self.error is not None:
             raise self.error
-        key = f"{checkpoint}/{operator}-{subtask}.{frozen.name}"
-        self.tables[key] = frozen
-        rows = sum(b.num_rows for b in frozen.batches)
-        keyed = frozen.key_columns is not None
-        return StateHandle(operator, subtask, parallelism, frozen.name, rows, keyed, inline=key)
+        handles = []
+        for operator, state in states:
+            for frozen in state.tables:
+                key = f"{checkpoint}/{operator}-{subtask.index}.{frozen.name}"
+                self.tables[key] = frozen
+                rows = sum(b.num_rows for b in frozen.batches)
+                keyed = frozen.key_columns is not None
+                handles.append(StateHandle(operator, subtask.index, parallelism, frozen.name, rows, keyed, inline=key))
+        return Written(tuple(handles), sum(h.nbytes for h in handles))
 
     def read(self, handle: StateHandle, key_groups: range | None) -> RestoredState:
         if self.error is not None:

@@ -54,7 +54,7 @@ def test_a_snapshot_names_states_and_committables_and_what_they_cost() -> None:
     snapshot = rig.upload(1, gives("f1", "f2"), rows=3)
     assert payloads(snapshot) == ["f1", "f2"]
     assert [(h.operator, h.subtask, h.parallelism, h.rows) for h in snapshot.states] == [("window", 1, 2, 3)]
-    assert snapshot.stats == SnapshotStats(sync_s=1.0, async_s=1.0, nbytes=len("1/window-1.runs"), rows=3)
+    assert snapshot.stats == SnapshotStats(sync_s=1.0, async_s=1.0, nbytes=15, rows=3, uploaded_bytes=15)
 
 
 def test_a_commit_takes_everything_up_to_its_checkpoint_and_nothing_later() -> None:

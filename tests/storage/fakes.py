@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from rayflow.core.ids import Attempt, CheckpointId, SubtaskId
 from rayflow.core.manifest import Manifest, StateHandle, SubtaskSnapshot
-from rayflow.operators.base import FrozenTable
+from rayflow.operators.base import FrozenState, FrozenTable
 from rayflow.storage.checkpoints import CheckpointStore, Incarnation
 from rayflow.storage.snapshots import SnapshotStore
 from rayflow.storage.store import PutOutcome, Store
@@ -88,7 +88,9 @@ def crash_at(inner: Store, k: int, *, done: bool) -> HookedStore:
 def write_state(store: Store, checkpoint: int) -> StateHandle:
     """A state file of this checkpoint whose only value is its id."""
     frozen = FrozenTable("value", (pa.record_batch({"checkpoint": [checkpoint]}),))
-    return SnapshotStore(store, 8, inline_max_bytes=0).write(checkpoint, "step", 0, 1, frozen)
+    states = [("step", FrozenState((frozen,)))]
+    (handle,) = SnapshotStore(store, 8, inline_max_bytes=0).write(checkpoint, SubtaskId("step", 0), 1, states).handles
+    return handle
 
 
 def restored_value(store: Store, manifest: Manifest) -> int:

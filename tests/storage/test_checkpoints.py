@@ -29,7 +29,7 @@ from tests.storage.fakes import (
     write_state,
 )
 
-STATE = "chk-{:08d}/step-0.value.arrow"
+STATE = "chk-{:08d}/step-0.arrows"
 
 
 def started(store: Store, *checkpoints: int) -> tuple[CheckpointStore, Incarnation]:

@@ -15,7 +15,10 @@ TEXT = st.text(max_size=150)
 
 def test_the_documented_paths() -> None:
     assert layout.manifest_path(42) == "chk-00000042/manifest.json"
-    assert layout.state_path(42, "window", 3, "runs") == "chk-00000042/window-3.runs.arrow"
+    assert layout.pack_path(42, "window", 3) == "chk-00000042/window-3.arrows"
+    assert layout.piece_path(42, "window", 3, "runs", 1) == "shared/00000042-window-3.runs-1.arrow"
+    assert layout.immutable_path(42, "window", 3, "1-ab.c") == "shared/00000042-window-3.1-ab%2Ec.sst"
+    assert layout.released_path(42) == "chk-00000042/released"
     assert layout.claim_path(3) == "coordinators/00000003.claim.json"
     assert (
         layout.decision_path(Decision(3, CheckpointId(42), 101, 201))
@@ -46,9 +49,17 @@ def test_quoting_is_injective_and_safe(one: str, other: str) -> None:
 @settings(max_examples=300, deadline=None)
 def test_state_paths_are_injective(a: str, i: int, x: str, b: str, j: int, y: str) -> None:
     same = (a, i, x) == (b, j, y)
-    assert (layout.state_path(1, a, i, x) == layout.state_path(1, b, j, y)) == same
-    assert layout.parse_checkpoint(check_path(layout.state_path(1, a, i, x))) == 1
-    assert layout.parse_manifest(layout.state_path(1, a, i, x)) is None
+    assert (layout.piece_path(1, a, i, x, 0) == layout.piece_path(1, b, j, y, 0)) == same
+    assert (layout.immutable_path(1, a, i, x) == layout.immutable_path(1, b, j, y)) == same
+    assert (layout.pack_path(1, a, i) == layout.pack_path(1, b, j)) == ((a, i) == (b, j))
+    assert layout.parse_checkpoint(check_path(layout.pack_path(1, a, i))) == 1
+    assert layout.parse_manifest(layout.pack_path(1, a, i)) is None
+    for path in (layout.piece_path(1, a, i, x, 0), layout.immutable_path(1, a, i, x)):
+        assert layout.parse_shared(check_path(path)) == 1
+        assert path.startswith(layout.shared_prefix(1))
+        assert len(path) <= 255
+    assert layout.parse_immutable(layout.immutable_path(1, a, i, x)) in (x, None)
+    assert layout.parse_immutable(layout.piece_path(1, a, i, x, 0)) is None
 
 
 @given(st.integers(1, 10**10))

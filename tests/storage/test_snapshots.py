@@ -15,7 +15,7 @@ from rayflow.core.ids import SubtaskId
 from rayflow.core.keygroups import key_group_range
 from rayflow.core.manifest import StateHandle, SubtaskSnapshot
 from rayflow.errors import CorruptCheckpointError, ProtocolError, StateTooLargeError, StorageError
-from rayflow.operators.base import FrozenTable
+from rayflow.operators.base import FrozenState, FrozenTable
 from rayflow.partition import hash_columns, key_groups
 from rayflow.storage.faults import Fault, FaultyStore, flipped
 from rayflow.storage.snapshots import SnapshotStore, check_memory_state, inline_bytes, rows_of_groups
@@ -51,15 +51,20 @@ def snapshots(store: Store, inline_max_bytes: int | None = 0) -> SnapshotStore:
     return SnapshotStore(store, G, inline_max_bytes)
 
 
+def write_one(into: SnapshotStore, frozen: FrozenTable, operator: str = "op") -> StateHandle:
+    (handle,) = into.write(7, SubtaskId("chain/ü", 1), 4, [(operator, FrozenState((frozen,)))]).handles
+    return handle
+
+
 def written(store: Store, frozen: FrozenTable) -> StateHandle:
-    return snapshots(store).write(7, "window/ü", 1, 4, frozen)
+    return write_one(snapshots(store), frozen, "window/ü")
 
 
 @pytest.mark.parametrize("inline_max_bytes", [0, 1_000_000, None])
 @pytest.mark.parametrize("rows", [0, 1, 1000])
 def test_keyed_state_comes_back_whole(inline_max_bytes: int | None, rows: int) -> None:
     store = MemoryStore()
-    handle = snapshots(store, inline_max_bytes).write(7, "window/ü", 1, 4, keyed(rows))
+    handle = write_one(snapshots(store, inline_max_bytes), keyed(rows), "window/ü")
     assert (handle.inline is None) == (inline_max_bytes == 0)
     assert bool(store.list()) == (inline_max_bytes == 0)
     assert (inline_bytes(handle) > 0) == (inline_max_bytes != 0)
@@ -139,10 +144,7 @@ def test_writing_twice_gives_the_same_bytes() -> None:
 # ------------------------------------------------------------------------------------------------------------- damage
 
 
-@pytest.mark.parametrize(
-    ("damage", "says"),
-    [(flipped, "checksum"), (lambda data: data[:-1], "bytes"), (lambda data: data + b"x", "bytes")],
-)
+@pytest.mark.parametrize(("damage", "says"), [(flipped, "checksum"), (lambda data: data[: len(data) // 2], "bytes")])
 def test_a_damaged_file_is_named(damage: object, says: str) -> None:
     store = MemoryStore()
     handle = written(store, keyed(100))
@@ -166,7 +168,7 @@ def test_a_missing_file_is_named_and_never_an_empty_state() -> None:
 def test_a_bit_flipped_on_the_way_back_is_found() -> None:
     inner = MemoryStore()
     handle = written(inner, keyed(100))
-    lying = FaultyStore(inner, lambda operation, path: Fault.FLIP if operation == "get" else None)
+    lying = FaultyStore(inner, lambda operation, path: Fault.FLIP if operation == "get_range" else None)
     with pytest.raises(CorruptCheckpointError, match="checksum"):
         snapshots(lying).read(handle, None)
 
@@ -199,7 +201,7 @@ def test_an_index_that_contradicts_itself_is_refused(group_rows: tuple[tuple[int
 def test_rows_that_do_not_match_the_manifest_are_refused() -> None:
     store = MemoryStore()
     handle = written(store, keyed(100))
-    with pytest.raises(CorruptCheckpointError, match="has 100 rows, its manifest says 101"):
+    with pytest.raises(CorruptCheckpointError, match="has 100 rows.*its manifest says 101"):
         snapshots(store).read(replace(handle, rows=101), None)
 
 
@@ -221,7 +223,7 @@ def test_another_hash_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_inline_state_that_is_no_state_is_refused() -> None:
-    handle = snapshots(MemoryStore(), None).write(7, "op", 0, 1, keyed(10))
+    handle = write_one(snapshots(MemoryStore(), None), keyed(10))
     for inline in ("***", "AAAA"):
         with pytest.raises(CorruptCheckpointError, match="inline state"):
             snapshots(MemoryStore()).read(replace(handle, inline=inline), None)
@@ -240,7 +242,7 @@ def test_what_cannot_be_one_table_is_told() -> None:
 
 
 def test_state_in_memory_is_bounded() -> None:
-    handle = snapshots(MemoryStore(), None).write(7, "op", 0, 1, keyed(1000))
+    handle = write_one(snapshots(MemoryStore(), None), keyed(1000))
     parts = [SubtaskSnapshot(SubtaskId("chain", i), states=(handle,)) for i in range(3)]
     check_memory_state(parts, limit=3 * inline_bytes(handle))
     with pytest.raises(StateTooLargeError, match="state=\"memory\".*'runs' of operator 'op'"):
