@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -141,7 +141,7 @@ class NumberExtremeScan(Scan):
 
     def advance(self, segments: Segments, table: StateTable, values: Column, times: Numbers) -> list[pa.Array]:
         kind, name = self.fields[0].type, self._name(0)
-        least = self._neutral(integers_of(pa.nulls(0, kind)).type.to_pandas_dtype())
+        least = self._neutral(np.dtype(integers_of(pa.nulls(0, kind)).type.to_pandas_dtype()))
         numbers, valid = numbers_of(values, least)
         seeds, seeded = seeds_of(table, name, segments.heads, least)
         # maximum takes NaN whenever it meets one; fmin only where there is nothing else.
@@ -151,7 +151,7 @@ class NumberExtremeScan(Scan):
         store(table, name, segments.heads, found[last], None if seen is None else seen[last])
         return [array_of(found, kind, seen)]
 
-    def _neutral(self, dtype: type[np.generic]) -> int | float:
+    def _neutral(self, dtype: np.dtype[Any]) -> int | float:
         """What every value wins against. NaN is the largest value, so the smallest of all wins against it."""
         if np.issubdtype(dtype, np.floating):
             return -np.inf if self.largest else np.nan

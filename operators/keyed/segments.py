@@ -81,10 +81,12 @@ class Segments:
     def add(self, seeds: Numbers, values: Numbers) -> Numbers:
         """Running sums of integers, modulo 2**64; seeds by segment, values and result sorted."""
         if self.distinct:
-            return np.add(seeds, values, dtype=values.dtype)
-        total = np.cumsum(values, dtype=values.dtype)
+            single: Numbers = np.add(seeds, values, dtype=values.dtype)
+            return single
+        total: Numbers = np.cumsum(values, dtype=values.dtype)
         before = total[self.starts] - values[self.starts] - seeds
-        return total - np.repeat(before, self.lengths)
+        total -= np.repeat(before, self.lengths)
+        return total
 
     def scan(self, function: np.ufunc, seeds: Numbers, values: Numbers) -> Numbers:
         """Running ``function`` in the order of the rows; seeds by segment, values and result sorted."""
