@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from rayflow.core.ids import CheckpointId
-from rayflow.core.manifest import Manifest, decode
+from rayflow.core.manifest import FileRef, Manifest, decode
 from rayflow.errors import CorruptCheckpointError
 from rayflow.storage.fencing import Directory, counts, may_count, understand
+from rayflow.storage.filesystem import opener_of
 from rayflow.storage.layout import CHECKPOINTS, COORDINATORS, SHARED, manifest_path
 from rayflow.storage.snapshots import mismatch
 from rayflow.storage.store import Store
@@ -28,7 +30,9 @@ class CheckpointInfo:
     created_at: float = 0.0
     """Unix seconds."""
     nbytes: int = 0
-    """Of the manifest and all files it names."""
+    """Of the manifest and all files it names, whoever wrote them."""
+    uploaded_bytes: int = 0
+    """What was written for it, by its own word: an incremental one less than ``nbytes``."""
     counts: bool = False
     """False: a later coordinator has gone on from an older one, so this is never restored."""
     problem: str = ""
@@ -40,6 +44,7 @@ class Problem:
     what: str
 
 
+OpenRoot = Callable[[str], Store]
 Infos = list[CheckpointInfo]  # inside the class, `list` is a method
 Problems = list[Problem]
 
@@ -47,12 +52,14 @@ Problems = list[Problem]
 class CheckpointReader:
     """The checkpoints of ``job`` below the root of ``store`` (see `layout.job_root`); changes nothing there.
 
-    All methods raise `StorageError` if storage fails.
+    ``open_root`` opens the directory of a savepoint that was imported, by its URL; None: the same kind of storage with
+    the same options as ``store``. All methods raise `StorageError` if storage fails.
     """
 
-    def __init__(self, store: Store, job: str) -> None:
+    def __init__(self, store: Store, job: str, *, open_root: OpenRoot | None = None) -> None:
         self._store = store
         self._job = job
+        self._open_root = open_root or opener_of(store)
 
     def list(self) -> Infos:
         """Every checkpoint with a manifest, newest first."""
@@ -68,7 +75,10 @@ class CheckpointReader:
             if manifest is not None:
                 nbytes = directory.files[path] + sum(file.nbytes for file in manifest.files())
                 live = counts(checkpoint, manifest.incarnation, directory.decisions)
-                found.append(CheckpointInfo(checkpoint, path, manifest.kind, manifest.created_at, nbytes, live))
+                uploaded = sum(part.stats.uploaded_bytes for part in manifest.subtasks)
+                found.append(
+                    CheckpointInfo(checkpoint, path, manifest.kind, manifest.created_at, nbytes, uploaded, live)
+                )
         return found
 
     def read(self, checkpoint: CheckpointId) -> Manifest:
@@ -87,12 +97,15 @@ class CheckpointReader:
         problems = []
         for file in manifest.files():
             try:
-                what = mismatch(self._store.get(file.path), file)
+                what = mismatch(self._store_of(file).get(file.path), file)
             except FileNotFoundError:
                 what = "is missing"
             if what:
-                problems.append(Problem(file.path, what))
+                problems.append(Problem(file.path if file.root is None else f"{file.root}/{file.path}", what))
         return problems
+
+    def _store_of(self, file: FileRef) -> Store:
+        return self._store if file.root is None else self._open_root(file.root)
 
     def survey(self) -> Directory:
         """The directory as it is now."""
@@ -148,6 +161,8 @@ class CheckpointReader:
         if manifest is None or not counts(checkpoint, manifest.incarnation, directory.decisions):
             return None
         for file in manifest.files():
+            if file.root is not None:
+                continue  # of another directory, which this listing does not show; found when it is read
             size = directory.files.get(file.path)
             if size != file.nbytes:
                 found = "is missing" if size is None else f"has {size} bytes, expected {file.nbytes}"

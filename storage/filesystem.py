@@ -61,6 +61,10 @@ class ObjectStore:
     def __reduce__(self) -> tuple[type[ObjectStore], tuple[str, dict[str, Any]]]:
         return ObjectStore, (self.url, self._options)
 
+    def elsewhere(self, url: str) -> ObjectStore:
+        """The store of another URL with the same options."""
+        return ObjectStore(url, self._options)
+
     def put(self, path: str, data: bytes) -> None:
         check_path(path)
         self._do("write", path, lambda driver: driver.put(path, data))
@@ -111,4 +115,9 @@ class ObjectStore:
         return self._made
 
 
-__all__ = ["MemoryStore", "ObjectStore", "PutOutcome", "Store"]
+def opener_of(store: Store) -> Callable[[str], Store]:
+    """Opens other directories as ``store`` was opened."""
+    return store.elsewhere if isinstance(store, ObjectStore) else ObjectStore
+
+
+__all__ = ["MemoryStore", "ObjectStore", "PutOutcome", "Store", "opener_of"]

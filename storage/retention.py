@@ -3,8 +3,14 @@
 Manifests go first, and the files they named after them: whatever moment a crash chooses, every manifest that is left
 has all its files, and a later run finds what was left over by listing, not by memory.
 
-Savepoints (manifests of kind ``savepoint`` or ``stop``, and all below ``savepoints/``) belong to the user and stay. Ids
-above a bound belong to somebody else, or to a checkpoint under way, and are never touched.
+A file in ``shared/`` goes when the checkpoint that wrote it is not above the newest complete one, and no manifest that
+is kept names it. A checkpoint under way may name older files too, but only those that the newest complete one names
+(`rayflow.storage.reuse`), and that one is kept.
+
+Savepoints (manifests of kind ``savepoint``, and all below ``savepoints/``) belong to the user and stay; one that was
+released (`layout.released_path`) is a checkpoint like any other. Files of other directories, from which a savepoint was
+imported, are nobody's here. Ids above a bound belong to somebody else, or to a checkpoint under way, and are never
+touched.
 """
 
 from __future__ import annotations
@@ -22,10 +28,12 @@ from rayflow.storage.layout import (
     claim_path,
     decision_path,
     manifest_path,
+    parse_shared,
+    released_path,
 )
 from rayflow.storage.store import TEMPORARY_SUFFIX, Store
 
-PINNED_KINDS = frozenset(["savepoint", "stop"])
+PINNED_KIND = "savepoint"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +43,7 @@ class Contents:
     kind: str
     incarnation: int
     files: frozenset[str]
+    """Those of this directory."""
 
 
 @dataclass(slots=True)
@@ -59,7 +68,7 @@ class Retention:
         self._cache: dict[CheckpointId, Contents] = {}
 
     def retain(self, directory: Directory, newest: CheckpointId, keep: int) -> None:
-        """Keep ``newest``, the ``keep - 1`` before it, savepoints, and everything above; delete the other checkpoints.
+        """Keep ``newest``, the ``keep - 1`` before it, pinned ones, and everything above; delete the other checkpoints.
 
         Raises `CorruptCheckpointError`, having deleted nothing, if ``newest`` cannot be read back: it might be the
         only reason to delete the others.
@@ -76,15 +85,14 @@ class Retention:
         referred = judged.referred()
         # A folder below the newest that has no manifest is that of an aborted checkpoint or of a dead coordinator.
         self._delete_folders(directory, [c for c in directory.folders if c < newest and c not in judged.kept], referred)
-        named = {path for contents in judged.doomed.values() if contents for path in contents.files}
-        self._delete_files(path for path in sorted(named - referred) if path.startswith(SHARED))
+        self._delete_files(path for path in _shared(directory, newest) if path not in referred)
         self._prune_coordinators(directory, judged)
 
     def sweep(self, directory: Directory, keep: int, upto: CheckpointId, incarnation: int) -> None:
         """No subtask runs any more: leave only what retained manifests name.
 
-        That is below ``chk-*`` up to id ``upto``, and in ``shared/`` unless ids above it show that somebody else is at
-        work. Temporary files of dead coordinators go too.
+        That is below ``chk-*`` and in ``shared/`` what checkpoints up to id ``upto`` have written. Temporary files of
+        dead writers go too, unless ids above it, or later claims, show that somebody else is at work.
         """
         newest = next((c for c in directory.manifests if c <= upto and self._counts(c, directory)), None)
         judged = self._judge(directory, CheckpointId(upto) if newest is None else newest, keep)
@@ -96,9 +104,11 @@ class Retention:
         referred = judged.referred()
         mine = [c for c in directory.folders if c <= upto]
         self._delete_folders(directory, [c for c in mine if c not in judged.kept], referred)
-        strays = [p for c in mine if c in judged.kept for p in directory.folders[c] if p != manifest_path(c)]
+        own = {path for c in mine if c in judged.kept for path in (manifest_path(c), released_path(c))}
+        strays = [p for c in mine if c in judged.kept for p in directory.folders[c] if p not in own]
+        strays += _shared(directory, upto)
         if all(c <= upto for c in directory.folders):
-            strays += [path for path in directory.files if path.startswith(SHARED)]
+            strays += [p for p in directory.files if p.startswith(SHARED) and p.endswith(TEMPORARY_SUFFIX)]
         if all(claim <= incarnation for claim in directory.claims):
             strays += [p for p in directory.files if p.startswith(COORDINATORS) and p.endswith(TEMPORARY_SUFFIX)]
         self._delete_files(path for path in strays if path not in referred)
@@ -121,9 +131,10 @@ class Retention:
                 if checkpoint < newest:
                     judged.doomed[checkpoint] = contents
                 continue
-            if checkpoint > newest or contents.kind in PINNED_KINDS or not enough:
+            pinned = contents.kind == PINNED_KIND and released_path(checkpoint) not in directory.files
+            if checkpoint > newest or pinned or not enough:
                 judged.kept[checkpoint] = contents
-                periodic += checkpoint <= newest and contents.kind not in PINNED_KINDS
+                periodic += checkpoint <= newest and not pinned
             else:
                 judged.doomed[checkpoint] = contents
         return judged
@@ -172,3 +183,8 @@ class Retention:
         self._delete_files(
             decision_path(d) for d in directory.decisions if d.incarnation < oldest or d != latest[d.incarnation]
         )
+
+
+def _shared(directory: Directory, upto: int) -> list[str]:
+    """What checkpoints up to ``upto`` have written to ``shared/``, in order."""
+    return [path for path in sorted(directory.files) if (by := parse_shared(path)) is not None and by <= upto]

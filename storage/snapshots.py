@@ -33,7 +33,9 @@ from rayflow.errors import CorruptCheckpointError, ProtocolError, StateTooLargeE
 from rayflow.operators.base import FrozenState, RestoredState
 from rayflow.partition import HASH_VERSION
 from rayflow.storage.arrow_files import checksum, read_block, read_head
+from rayflow.storage.filesystem import opener_of
 from rayflow.storage.folders import restored_folder
+from rayflow.storage.merging import StateKeys, keys_of
 from rayflow.storage.reuse import Reuse, Written
 from rayflow.storage.store import Store
 from rayflow.storage.writing import METADATA, SubtaskWriter
@@ -52,7 +54,7 @@ class SnapshotStore:
 
     ``inline_max_bytes``: a table whose file is not larger goes into its handle, and so into the manifest: one object
     less for each small state. None puts every table there (``state="memory"``), and ``store`` is not touched.
-    ``open_root`` opens the directory of a savepoint, by its URL.
+    ``open_root`` opens the directory of a savepoint, by its URL; None: with the options of ``store``.
     """
 
     def __init__(
@@ -66,7 +68,7 @@ class SnapshotStore:
         self._store = store
         self._max_parallelism = max_parallelism
         self._inline_max_bytes = inline_max_bytes
-        self._open_root = open_root
+        self._open_root = open_root or opener_of(store)
         self._roots: dict[str, Store] = {}
         self.bytes_read = 0
         """From storage, by `read` and what it returned; for measurements."""
@@ -130,6 +132,10 @@ class SnapshotStore:
         if not handle.keyed:
             return None
         return tuple(_own(self._schema(handle), _where(handle))["key_columns"])
+
+    def keys(self, handle: StateHandle) -> StateKeys:
+        """The columns that tell its rows apart. Raises what `read` raises."""
+        return keys_of(self._schema(handle))
 
     # ---------------------------------------------------------------------------------------------------------- tables
 
@@ -224,7 +230,7 @@ class SnapshotStore:
     def _fetch(self, file: FileRef, where: str) -> bytes:
         """A whole file."""
         try:
-            data = self._store_of(file, where).get(file.path)
+            data = self._store_of(file).get(file.path)
         except FileNotFoundError as error:
             raise CorruptCheckpointError(f"{where} is missing; use an earlier checkpoint") from error
         self.bytes_read += len(data)
@@ -236,7 +242,7 @@ class SnapshotStore:
     def _range(self, handle: StateHandle, start: int, stop: int, where: str) -> bytes:
         assert handle.file is not None
         try:
-            data = self._store_of(handle.file, where).get_range(handle.file.path, start, stop)
+            data = self._store_of(handle.file).get_range(handle.file.path, start, stop)
         except FileNotFoundError as error:
             raise CorruptCheckpointError(f"{where} is missing; use an earlier checkpoint") from error
         self.bytes_read += len(data)
@@ -247,11 +253,9 @@ class SnapshotStore:
             )
         return data
 
-    def _store_of(self, file: FileRef, where: str) -> Store:
+    def _store_of(self, file: FileRef) -> Store:
         if file.root is None:
             return self._store
-        if self._open_root is None:
-            raise ProtocolError(f"{where} lies in {file.root}, and nothing was given to open it with")
         if file.root not in self._roots:
             self._roots[file.root] = self._open_root(file.root)
         return self._roots[file.root]

@@ -201,15 +201,18 @@ class KeptStates:
     ) -> Written:
         if self.error is not None:
             raise self.error
-        handles = []
-        for operator, state in states:
-            for frozen in state.tables:
-                key = f"{checkpoint}/{operator}-{subtask.index}.{frozen.name}"
-                self.tables[key] = frozen
-                rows = sum(b.num_rows for b in frozen.batches)
-                keyed = frozen.key_columns is not None
-                handles.append(StateHandle(operator, subtask.index, parallelism, frozen.name, rows, keyed, inline=key))
+        tables = [(operator, table) for operator, state in states for table in state.tables]
+        handles = [self.add(checkpoint, operator, subtask.index, parallelism, table) for operator, table in tables]
         return Written(tuple(handles), sum(h.nbytes for h in handles))
+
+    def add(
+        self, checkpoint: CheckpointId, operator: str, subtask: int, parallelism: int, frozen: FrozenTable
+    ) -> StateHandle:
+        key = f"{checkpoint}/{operator}-{subtask}.{frozen.name}"
+        self.tables[key] = frozen
+        rows = sum(b.num_rows for b in frozen.batches)
+        keyed = frozen.key_columns is not None
+        return StateHandle(operator, subtask, parallelism, frozen.name, rows, keyed, inline=key)
 
     def read(self, handle: StateHandle, key_groups: range | None) -> RestoredState:
         if self.error is not None:

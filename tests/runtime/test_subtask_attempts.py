@@ -86,7 +86,7 @@ def test_a_launch_before_it_is_ready_is_refused_by_the_protocol() -> None:
 
 def test_states_are_read_and_given_back() -> None:
     rig = Rig()
-    handle = rig.store.write(CheckpointId(3), "mid-op", 0, 1, FrozenTable("mid's", (batch(1, 2),)))
+    handle = rig.store.add(CheckpointId(3), "mid-op", 0, 1, FrozenTable("mid's", (batch(1, 2),)))
     rig.reset()
     rig.run_tasks()
     rig.launch(handle, restored_from=3)
@@ -95,7 +95,7 @@ def test_states_are_read_and_given_back() -> None:
 
 def test_a_state_that_is_corrupt_ends_the_job() -> None:
     rig = Rig()
-    handle = rig.store.write(CheckpointId(3), "mid-op", 0, 1, FrozenTable("mid's", (batch(1, 2),)))
+    handle = rig.store.add(CheckpointId(3), "mid-op", 0, 1, FrozenTable("mid's", (batch(1, 2),)))
     rig.store.error = CorruptCheckpointError("state file chk-3/x is torn")
     rig.reset()
     rig.run_tasks()

@@ -15,7 +15,7 @@ from rayflow.storage.checkpoints import CheckpointStore, Incarnation
 from rayflow.storage.faults import Fault, FaultyStore, flipped
 from rayflow.storage.fencing import understand
 from rayflow.storage.filesystem import ObjectStore
-from rayflow.storage.layout import claim_path, job_root, manifest_path
+from rayflow.storage.layout import claim_path, job_root, manifest_path, released_path
 from rayflow.storage.store import MemoryStore, Store
 from tests.servers import S3Server
 from tests.storage.fakes import (
@@ -367,15 +367,31 @@ def test_retain_collects_what_aborts_and_dead_coordinators_left() -> None:
 def test_savepoints_are_the_users_own() -> None:
     store = MemoryStore()
     mine, incarnation = started(store)
-    for n, kind in ((1, "savepoint"), (2, "periodic"), (3, "stop"), (4, "periodic"), (5, "periodic")):
+    for n, kind in ((1, "savepoint"), (2, "periodic"), (3, "stop"), (4, "savepoint"), (5, "periodic")):
         mine.commit(make_manifest(store, incarnation, n, kind))
     store.put("savepoints/mine/manifest.json", b"x")
     mine.retain(CheckpointId(5), 1)
-    assert ids(store) == [5, 3, 1]
+    assert ids(store) == [5, 4, 1]
     mine.sweep(1)
-    assert ids(store) == [5, 3, 1]
+    assert ids(store) == [5, 4, 1]
     assert store.exists("savepoints/mine/manifest.json")
-    assert all(coordinator(store).verify(CheckpointId(n)) == [] for n in (1, 3, 5))
+    assert all(coordinator(store).verify(CheckpointId(n)) == [] for n in (1, 4, 5))
+
+
+def test_a_savepoint_that_was_released_is_kept_like_any_other() -> None:
+    store = MemoryStore()
+    mine, incarnation = started(store)
+    for n, kind in ((1, "savepoint"), (2, "savepoint"), (3, "periodic")):
+        mine.commit(make_manifest(store, incarnation, n, kind))
+    mine.release(CheckpointId(1))
+    mine.release(CheckpointId(2))
+    mine.sweep(2)
+    assert ids(store) == [3, 2]
+    assert store.exists(released_path(2)), "the mark is no junk while its checkpoint is kept"
+    mine.commit(make_manifest(store, incarnation, 4))
+    mine.retain(CheckpointId(4), 2)
+    assert ids(store) == [4, 3]
+    assert store.list("chk-00000001/") + store.list("chk-00000002/") == []
 
 
 def test_a_file_that_a_retained_manifest_names_stays_wherever_it_lies() -> None:
@@ -383,12 +399,12 @@ def test_a_file_that_a_retained_manifest_names_stays_wherever_it_lies() -> None:
     store = MemoryStore()
     mine, incarnation = started(store, 1)
     first = make_manifest(store, incarnation, 1)
-    store.put("shared/abc.arrow", store.get(STATE.format(1)))
-    store.put("shared/old.arrow", b"nobody's")
+    store.put("shared/00000001-abc.arrow", store.get(STATE.format(1)))
+    store.put("shared/00000001-old.arrow", b"nobody's")
     (subtask,) = first.subtasks
     (handle,) = subtask.states
     assert handle.file is not None
-    shared = replace(handle, name="shared", file=replace(handle.file, path="shared/abc.arrow"))
+    shared = replace(handle, name="shared", file=replace(handle.file, path="shared/00000001-abc.arrow"))
     second = replace(make_manifest(store, incarnation, 2), subtasks=(replace(subtask, states=(handle, shared)),))
     mine.commit(second)
     mine.retain(CheckpointId(2), 1)
@@ -397,7 +413,7 @@ def test_a_file_that_a_retained_manifest_names_stays_wherever_it_lies() -> None:
     mine.sweep(1)
     assert mine.verify(CheckpointId(2)) == []
     assert checkpoint_paths(store) == [STATE.format(1), manifest_path(2)]
-    assert [p for p, _ in store.list("shared/")] == ["shared/abc.arrow"]
+    assert [p for p, _ in store.list("shared/")] == ["shared/00000001-abc.arrow"]
 
 
 def test_discard_deletes_an_aborted_one_and_refuses_one_that_may_be_complete() -> None:
