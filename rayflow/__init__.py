@@ -19,6 +19,15 @@ from rayflow.expressions import Expr, coalesce, col, lit, when
 from rayflow.flow import Flow, attach
 from rayflow.operators.aggregates import count, first, last, max, mean, min, stddev, sum
 from rayflow.operators.base import Source
+from rayflow.operators.process import BroadcastProcess, KeyedProcess
+from rayflow.operators.state.declared import (
+    AggregatingState,
+    BroadcastState,
+    ListState,
+    MapState,
+    ReducingState,
+    ValueState,
+)
 from rayflow.operators.windows import tumbling
 from rayflow.reading import from_arrow, from_generator, read_csv, read_json, read_parquet, read_source
 from rayflow.runtime.results import JobResult, JobStatus, SubtaskInfo
@@ -27,6 +36,9 @@ from rayflow.stream import KeyedStream, Stream
 __version__ = "0.1.0"
 
 __all__ = [
+    "AggregatingState",
+    "BroadcastProcess",
+    "BroadcastState",
     "CheckpointConfig",
     "ClusterError",
     "CommitLostError",
@@ -41,15 +53,20 @@ __all__ = [
     "JobFailedError",
     "JobResult",
     "JobStatus",
+    "KeyedProcess",
     "KeyedStream",
+    "ListState",
+    "MapState",
     "PlanError",
     "RayflowError",
+    "ReducingState",
     "Restart",
     "Source",
     "StorageError",
     "Stream",
     "SubtaskInfo",
     "UserCodeError",
+    "ValueState",
     "attach",
     "coalesce",
     "col",

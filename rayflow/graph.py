@@ -79,7 +79,7 @@ class Node:
             if self.source is not None:
                 result = self.source.schema() if look else self.source.declared_schema()
             elif hasattr(self.operator, "output_schema"):
-                if len(upstream) > 1:
+                if len(upstream) > 1 and not getattr(self.operator, "inputs_differ", False):
                     _check_same(upstream)
                 result = self.operator.output_schema(upstream[0])
             else:
@@ -98,8 +98,12 @@ class Node:
         return first.node.schema(look=False) if first.tag == MAIN_TAG else first.node.side_schema(first.tag)
 
     def side_schema(self, tag: str) -> pa.Schema | None:
-        """Schema of a side output: late and dead-letter rows have the columns of the step's input."""
-        return self.input_schema()
+        """Schema of a side output: what the operator says; late and dead-letter rows have the columns of its input."""
+        declared = getattr(self.operator, "side_schema", None)
+        if declared is None:
+            return self.input_schema()
+        schema: pa.Schema | None = declared(tag)
+        return schema
 
     def where(self) -> str:
         return f"step {self.title!r}" + (f" ({self.location})" if self.location else "")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 
@@ -36,6 +36,10 @@ from rayflow.operators.stateless import (
 )
 from rayflow.operators.windows import LocalCombine, Tumbling, WindowAggregate
 from rayflow.partition import check_key_type
+
+if TYPE_CHECKING:
+    from rayflow.keyed_process import ConnectedStream, ProcessResult
+    from rayflow.operators.process import KeyedProcess
 
 ExprLike = Any
 """A `rayflow.Expr`, a ``pyarrow.compute.Expression``, a column name or a Python scalar."""
@@ -306,6 +310,21 @@ class KeyedStream(Stream):
                 "call .with_event_time(column) before key_by"
             )
         return WindowedStream(self, spec)
+
+    def process(
+        self, process: KeyedProcess | type[KeyedProcess], *, parallelism: int | None = None, name: str | None = None
+    ) -> ProcessResult:
+        """Your own code with state and timers by key: a class derived from `rf.KeyedProcess`, or an instance of it."""
+        from rayflow.keyed_process import process_step
+
+        return process_step(self, process, parallelism=parallelism, name=name)
+
+    def connect(self, other: Stream) -> ConnectedStream:
+        """With every row of ``other`` in every subtask: ``keyed.connect(rules).process(Mine)``, an
+        `rf.BroadcastProcess`."""
+        from rayflow.keyed_process import connect
+
+        return connect(self, other)
 
     def agg(
         self, *, emit: Literal["every", "batch"] = "every", name: str | None = None, **aggregates: Aggregate

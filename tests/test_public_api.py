@@ -20,6 +20,7 @@ from click.testing import CliRunner
 
 import rayflow as rf
 from rayflow.cli.main import main
+from rayflow.keyed_process import ConnectedStream, ProcessResult
 from rayflow.stream import DeduplicatedStream, WindowedStream, WindowResult
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -29,6 +30,10 @@ EXPRESSIONS = {"coalesce", "col", "lit", "when", "Expr"}
 AGGREGATES = {"count", "first", "last", "max", "mean", "min", "stddev", "sum"}
 RUNNING = {"CheckpointConfig", "Flow", "JobConfig", "JobResult", "JobStatus", "Restart", "SubtaskInfo", "attach"}
 STREAMS = {"KeyedStream", "Stream", "tumbling"}
+STATE = {
+    "AggregatingState", "BroadcastProcess", "BroadcastState", "KeyedProcess", "ListState", "MapState", "ReducingState",
+    "ValueState",
+}  # fmt: skip
 ERRORS = {
     "ClusterError", "CommitLostError", "ConfigError", "CorruptCheckpointError", "DataError", "FencedError",
     "JobCancelledError", "JobFailedError", "PlanError", "RayflowError", "StorageError", "UserCodeError",
@@ -39,7 +44,9 @@ METHODS = {
         "broadcast", "collect", "drop", "filter", "flat_map", "key_by", "map", "map_batches", "print", "rebalance",
         "rename", "select", "show", "take", "to_arrow", "union", "with_columns", "with_event_time", "write_parquet",
     },
-    rf.KeyedStream: {"agg", "deduplicate", "reduce", "top", "window"},
+    rf.KeyedStream: {"agg", "connect", "deduplicate", "process", "reduce", "top", "window"},
+    ProcessResult: {"side"},
+    ConnectedStream: {"process"},
     DeduplicatedStream: {"late"},
     WindowedStream: {"agg"},
     WindowResult: {"late"},
@@ -64,7 +71,7 @@ def public_callables() -> Iterator[tuple[str, Callable[..., Any]]]:
 
 
 def test_names_are_those_promised() -> None:
-    assert set(rf.__all__) == SOURCES | EXPRESSIONS | AGGREGATES | RUNNING | STREAMS | ERRORS
+    assert set(rf.__all__) == SOURCES | EXPRESSIONS | AGGREGATES | RUNNING | STREAMS | STATE | ERRORS
     assert len(rf.__all__) == len(set(rf.__all__))
     assert all(hasattr(rf, name) for name in rf.__all__)
 
