@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -86,21 +86,40 @@ class Flow:
         config: JobConfig | None = None,
         local: bool = False,
         start: Start = "latest",
+        allow_dropped: Collection[str] = (),
+        allow_other_flow: bool = False,
         progress: bool | None = None,
     ) -> JobResult:
         """Run to the end and return the result; on Ray, or with ``local=True`` in this process.
 
         ``start="latest"`` goes on from the newest checkpoint in the directory, if there is one (a finished job is then
         finished at once); ``"fresh"`` refuses a directory that has any; a number goes back to that checkpoint and
-        gives up all later ones, whose output is then written again. ``progress`` shows a line on a terminal.
+        gives up all later ones, whose output is then written again. Any other text is the folder or URL of a savepoint
+        (`Job.savepoint`), or of a checkpoint of another job (``<url>/<flow>/chk-00000042``, as long as that job keeps
+        it): the job begins with that state, at any parallelism and on any back end, and supersedes what is in its own
+        directory. `restore_plan` tells beforehand what would be restored. State of a step, splits of a source or
+        output of a sink that the flow no longer has are an error, unless ``allow_dropped`` names the step; a savepoint
+        of a flow of another name needs ``allow_other_flow``. ``progress`` shows a line on a terminal.
 
-        Raises `PlanError` before anything starts, `JobFailedError` with the cause when the job ends with an error.
+        Raises `PlanError` before anything starts, `StateSchemaError` for state that does not fit, and `JobFailedError`
+        with the cause when the job ends with an error.
         """
         if local:
             return run_local(
-                self.plan(parallelism=parallelism or 1, config=config), config or JobConfig(), checkpoints, start=start
+                allowing(self.plan(parallelism=parallelism or 1, config=config), allow_dropped),
+                config or JobConfig(),
+                checkpoints,
+                start=start,
+                allow_other_flow=allow_other_flow,
             )
-        job = self.submit(parallelism=parallelism, checkpoints=checkpoints, config=config, start=start)
+        job = self.submit(
+            parallelism=parallelism,
+            checkpoints=checkpoints,
+            config=config,
+            start=start,
+            allow_dropped=allow_dropped,
+            allow_other_flow=allow_other_flow,
+        )
         from rayflow.progress import wait_with_progress
 
         return wait_with_progress(job, show=progress is not False)
@@ -112,18 +131,47 @@ class Flow:
         checkpoints: CheckpointConfig | None = None,
         config: JobConfig | None = None,
         start: Start = "latest",
+        allow_dropped: Collection[str] = (),
+        allow_other_flow: bool = False,
     ) -> Job:
-        """Start on Ray and return at once; the job goes on when this process ends."""
+        """Start on Ray and return at once; the job goes on when this process ends. Arguments as in `run`."""
         from rayflow.cluster.deploy import connect, default_parallelism
         from rayflow.cluster.job import submit
 
         config = config or JobConfig()
         connect()
-        plan = self.plan(parallelism=parallelism or default_parallelism(), config=config)
-        return submit(plan, config, checkpoints, run_id=new_run_id(), start=start)
+
+        def plan_for(parallelism: int) -> Plan:
+            return allowing(self.plan(parallelism=parallelism, config=config), allow_dropped)
+
+        return submit(
+            plan_for(parallelism or default_parallelism()),
+            config,
+            checkpoints,
+            run_id=new_run_id(),
+            start=start,
+            allow_other_flow=allow_other_flow,
+            plan_for=plan_for,
+        )
 
     def __repr__(self) -> str:
         return f"<Flow {self.name!r} with {len(self.sinks)} sinks>"
+
+
+def allowing(plan: Plan, allow_dropped: Collection[str]) -> Plan:
+    """The plan that may leave behind what a checkpoint holds of these steps.
+
+    Raises `PlanError` for one that it has.
+    """
+    if isinstance(allow_dropped, str):
+        raise PlanError(f"allow_dropped takes the names of steps, as in ({allow_dropped!r},), got one text")
+    present = sorted(set(allow_dropped) & {*plan.operators(), *plan.sources()})
+    if present:
+        raise PlanError(
+            f"allow_dropped names step {present[0]!r}, which this flow has: its state cannot be left behind; leave the "
+            "name out, or give the step another name="
+        )
+    return replace(plan, allow_dropped=frozenset(allow_dropped))
 
 
 def _bounded(config: JobConfig) -> JobConfig:
@@ -153,10 +201,13 @@ def run_local(
     checkpoints: CheckpointConfig | None,
     *,
     start: Start = "latest",
+    allow_other_flow: bool = False,
     on_round: Callable[[World], None] | None = None,
 ) -> JobResult:
     """Run the plan in this process, without Ray, in a fixed order and with virtual time."""
-    store, snapshots, in_memory = open_stores(plan, config, checkpoints, start=start, look=True)
+    store, snapshots, in_memory = open_stores(
+        plan, config, checkpoints, start=start, look=True, allow_other_flow=allow_other_flow
+    )
     exactly_once = checkpoints is None or checkpoints.mode == "exactly_once"
     spec = JobSpec(plan, config, exactly_once, new_run_id(), heartbeat_s=None)
     world = World(

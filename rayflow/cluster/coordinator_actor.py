@@ -35,13 +35,15 @@ from rayflow.core.events import (
     SubtaskDied,
     Tick,
 )
-from rayflow.core.ids import SubtaskId
+from rayflow.core.ids import CheckpointId, SubtaskId
+from rayflow.core.manifest import Manifest
 from rayflow.core.messages import CheckpointKind, CommandEnvelope, FailureCause, ReportEnvelope
 from rayflow.core.timeline import TimelineEntry
 from rayflow.errors import ClusterError
 from rayflow.runtime.coordinator_loop import CoordinatorRuntime, settings_of
 from rayflow.runtime.failures import cause_of
 from rayflow.runtime.results import JobStatus, SubtaskInfo, metrics_of
+from rayflow.storage.savepoints import savepoint_after
 from rayflow.storage.snapshots import MEMORY_STATE_BYTES_MAX
 
 LINGER_S: Final = 600.0
@@ -97,7 +99,8 @@ class RayCoordinatorHost:
 class CoordinatorProcess:
     """The actor class. Everything the loop thread writes and a method reads is guarded by ``_lock``."""
 
-    def __init__(self, *slices: bytes) -> None:
+    def __init__(self, replan: int, *slices: bytes) -> None:
+        """The first ``replan`` slices are for a driver that wants another parallelism, and are not looked into here."""
         pa.set_cpu_count(1)
         context = ray.get_runtime_context()
         self._self = context.current_actor
@@ -108,8 +111,10 @@ class CoordinatorProcess:
         self._ended: Ended | None = None
         self._fetched = threading.Event()
         self._uncaught = 0  # processes in a row that raised, since the job last ran
+        self._replan, slices = b"".join(slices[:replan]), slices[replan:]
         self._package = package = unpack(slices)
-        store, _, in_memory = package.open_stores()
+        store, _, in_memory = package.open_stores(begin=True)
+        self._store = store
         self._processes = Processes(self._life, self._self, slices, cpus_per_subtask(package.plan), self._inbox.put)
         host = RayCoordinatorHost(self._processes, self._inbox)
         self._runtime = CoordinatorRuntime(
@@ -173,6 +178,19 @@ class CoordinatorProcess:
     def package(self) -> JobPackage:
         """For a driver that comes back."""
         return self._package
+
+    def replan(self) -> bytes:
+        """See `rayflow.cluster.package.pack_replan`."""
+        return self._replan
+
+    def savepoint_after(self, checkpoint: int) -> Manifest | None:
+        """The newest checkpoint after that one that was taken as a savepoint; for snapshots that only this process
+        has."""
+        return savepoint_after(self._store, checkpoint)
+
+    def release(self, checkpoint: int) -> None:
+        """The copy of this savepoint is complete, and it is needed no longer."""
+        self._store.release(CheckpointId(checkpoint))
 
     def coordinator(self) -> CoordinatorInfo:
         return CoordinatorInfo(os.getpid(), self._node, self._life)

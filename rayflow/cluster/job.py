@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final
 
@@ -12,16 +13,18 @@ import ray
 
 from rayflow.cluster.coordinator_actor import LINGER_S, CoordinatorActor
 from rayflow.cluster.deploy import check_cluster, connect
-from rayflow.cluster.package import JobPackage, pack, slices_of
+from rayflow.cluster.package import JobPackage, PlanFor, pack, pack_replan, slices_of, unpack_replan
 from rayflow.cluster.processes import reason_of, uncaught
 from rayflow.cluster.view import CoordinatorInfo, Ended
 from rayflow.config import CheckpointConfig, JobConfig
 from rayflow.core.events import JobState
+from rayflow.core.manifest import Manifest
 from rayflow.core.messages import CheckpointKind
-from rayflow.core.timeline import TimelineEntry
+from rayflow.core.timeline import CHECKPOINT_ABORTED, TimelineEntry
 from rayflow.errors import (
     ClusterError,
     CommitLostError,
+    ConfigError,
     CorruptCheckpointError,
     DataError,
     FencedError,
@@ -37,6 +40,9 @@ from rayflow.runtime.results import JobResult, JobStatus, SubtaskInfo, collected
 from rayflow.runtime.stores import Start, open_stores
 from rayflow.storage.checkpoints import CheckpointInfo
 from rayflow.storage.filesystem import ObjectStore
+from rayflow.storage.layout import job_root
+from rayflow.storage.savepoint_copy import Progress, SavepointCopier
+from rayflow.storage.savepoints import savepoint_after
 
 NAMESPACE: Final = "rayflow"
 COORDINATOR_PATIENCE_S: Final = 60.0
@@ -46,23 +52,34 @@ CANCEL_TIMEOUT_S: Final = 60.0
 
 
 def submit(
-    plan: Plan, config: JobConfig, checkpoints: CheckpointConfig | None, *, run_id: str, start: Start = "latest"
+    plan: Plan,
+    config: JobConfig,
+    checkpoints: CheckpointConfig | None,
+    *,
+    run_id: str,
+    start: Start = "latest",
+    allow_other_flow: bool = False,
+    plan_for: PlanFor | None = None,
 ) -> Job:
-    """Start the plan on Ray; the job goes on when this process ends.
+    """Start the plan on Ray; the job goes on when this process ends. ``plan_for`` is what `Job.rescale` needs.
 
     Raises `ClusterError` if the cluster is too small, `PlanError` if a user function cannot be sent there, and what
     `open_stores` raises.
     """
     connect()
     check_cluster(plan)
+    # The processes of the job have other working directories.
     if checkpoints is not None:
-        # The processes of the job have other working directories.
         checkpoints = replace(checkpoints, url=ObjectStore(checkpoints.url).url)
-    open_stores(plan, config, checkpoints, start=start, look=True)
-    package = JobPackage(plan, config, checkpoints, run_id, secrets.token_hex(32))
+    if isinstance(start, str) and start not in ("latest", "fresh"):
+        start = ObjectStore(start).url
+    package = JobPackage(plan, config, checkpoints, run_id, secrets.token_hex(32), start)
+    packed = pack(package)
+    open_stores(plan, config, checkpoints, start=start, look=True, allow_other_flow=allow_other_flow)
+    replan = slices_of(pack_replan(plan_for, len(packed)))
     name = f"{plan.name}:{run_id}"
     actor = CoordinatorActor.options(name=name, namespace=NAMESPACE, lifetime="detached").remote(
-        *slices_of(pack(package))
+        len(replan), *replan, *slices_of(packed)
     )
     job = Job(name, actor, package)
     job._ask("coordinator")
@@ -180,10 +197,96 @@ class Job:
                 raise JobFailedError(f"job {self.name} ended ({self._ended.state.value}) before a checkpoint completed")
         raise TimeoutError(f"job {self.name} completed no checkpoint within {timeout:g} s; see Job.timeline()")
 
-    def stop(self, timeout: float | None = None) -> JobResult:
-        """Stop reading, take a last checkpoint, commit, end. The job can go on from there when it is run again."""
+    def savepoint(
+        self,
+        path: str | None = None,
+        *,
+        timeout: float = 600.0,
+        storage_options: Mapping[str, Any] | None = None,
+        on_progress: Progress | None = None,
+    ) -> str:
+        """Take a savepoint of the running job, and return its URL: a folder of its own that can be moved, and that
+        rayflow never deletes.
+
+        ``path`` is an empty or new folder or URL; by default one below ``savepoints/`` in the job's checkpoint
+        directory (with ``state="memory"`` there is none, and ``path`` is needed). ``storage_options`` are those of the
+        checkpoints unless given. ``on_progress(done, total)`` is told the bytes copied.
+
+        What sinks had prepared at that moment is committed by this job, and again, which changes nothing, by the job
+        that starts from the savepoint; output written after that moment is not taken back. Raises `TimeoutError`,
+        `JobFailedError` if the job ends before, `StorageError` if the checkpoint or the copy fails; the job goes on.
+        """
+        copier = self._copier(path, storage_options)
+        before = self.status().last_checkpoint or 0
+        aborted = set(self._aborted_savepoints())
+        self._ask("request_checkpoint", CheckpointKind.SAVEPOINT)
+        seen, turns = before, 0
+        for _ in _patiently(timeout):
+            last = self.status().last_checkpoint or 0
+            manifest = self._savepoint_after(before) if last > seen else None
+            if manifest is not None:
+                return self._copied(manifest, copier, on_progress)
+            if self._ended is not None:
+                raise JobFailedError(
+                    f"job {self.name} ended ({self._ended.state.value}) before a savepoint was complete"
+                )
+            seen, turns = last, turns + 1
+            if turns % 10 == 0 and (failed := [e for e in self._aborted_savepoints() if e not in aborted]):
+                raise StorageError(
+                    f"no savepoint of job {self.name}: checkpoint {failed[0]}; the job goes on, ask again"
+                )
+        raise TimeoutError(f"job {self.name} completed no savepoint within {timeout:g} s; see Job.timeline()")
+
+    def stop(
+        self,
+        timeout: float | None = None,
+        *,
+        savepoint: bool | str = False,
+        storage_options: Mapping[str, Any] | None = None,
+        on_progress: Progress | None = None,
+    ) -> JobResult:
+        """Stop reading, take a last checkpoint, commit, end. The job can go on from there when it is run again.
+
+        With ``savepoint`` (True, or where to write it: see `savepoint`) that checkpoint is copied then, and
+        `JobResult.savepoint` is its URL.
+        """
+        copier = self._copier(savepoint if isinstance(savepoint, str) else None, storage_options) if savepoint else None
         self._ask("request_checkpoint", CheckpointKind.STOP)
-        return self.wait(timeout)
+        result = self.wait(timeout)
+        if copier is None:
+            return result
+        assert self._ended is not None
+        if self._ended.manifest is None:
+            raise JobFailedError(f"job {self.name} ended without a checkpoint, so there is no savepoint")
+        return replace(result, savepoint=self._copied(self._ended.manifest, copier, on_progress))
+
+    def rescale(self, parallelism: int, *, savepoint: str | None = None, timeout: float | None = None) -> Job:
+        """Stop with a savepoint and start the same flow from it at another parallelism; the new job.
+
+        Steps whose parallelism the flow sets itself keep it. Everything that can be checked is checked before the job
+        is stopped. ``savepoint`` says where to write it; it stays, and is what to start from if starting fails. Raises
+        `ConfigError` for a parallelism the job cannot have, `ClusterError` if the cluster is too small.
+        """
+        package = self._stores()
+        data = self._ask("replan")
+        if not data:
+            raise ClusterError(
+                f"job {self.name} does not carry its flow (it is too large or cannot be sent), so it cannot be planned "
+                "anew here; call Job.stop(savepoint=True), and run the flow with start= that savepoint"
+            )
+        plan_for: PlanFor = unpack_replan(data)
+        plan = plan_for(parallelism)
+        check_cluster(plan)
+        where = self.stop(timeout, savepoint=savepoint or True).savepoint
+        assert where is not None
+        return submit(
+            plan,
+            package.config,
+            package.checkpoints,
+            run_id=secrets.token_hex(6),
+            start=where,
+            plan_for=plan_for,
+        )
 
     def cancel(self) -> None:
         """End the job at once. What is committed stays; what is not is dropped. Returns when no process is left."""
@@ -194,6 +297,38 @@ class Job:
             raise TimeoutError(f"job {self.name} did not cancel within {CANCEL_TIMEOUT_S:g} s and was killed")
 
     # --------------------------------------------------------------------------------------------------------- the rest
+
+    def _copier(self, path: str | None, storage_options: Mapping[str, Any] | None) -> SavepointCopier:
+        """Raises before anything happens when there is no place for a savepoint."""
+        package = self._stores()
+        checkpoints = package.checkpoints
+        options = dict(checkpoints.storage_options) if checkpoints is not None else {}
+        own = job_root(checkpoints.url, package.plan.name) if checkpoints is not None and package.durable else None
+        if path is None and own is None:
+            raise ConfigError(
+                f'job {self.name} keeps its checkpoints in memory (state="memory"), so a savepoint needs a place: pass '
+                "its folder or URL"
+            )
+        return SavepointCopier(own, options, path, options if storage_options is None else storage_options)
+
+    def _copied(self, manifest: Manifest, copier: SavepointCopier, on_progress: Progress | None) -> str:
+        url = copier.copy(manifest, on_progress)
+        if self._stores().durable:
+            copier.release(manifest)
+        elif self._ended is None:
+            self._ask("release", manifest.checkpoint)
+        return url
+
+    def _savepoint_after(self, checkpoint: int) -> Manifest | None:
+        package = self._stores()
+        if package.durable:
+            return savepoint_after(package.open_stores()[0], checkpoint)
+        found: Manifest | None = self._ask("savepoint_after", checkpoint) if self._poll() is None else None
+        return found
+
+    def _aborted_savepoints(self) -> list[str]:
+        kind = f"({CheckpointKind.SAVEPOINT.value})"
+        return [e.detail for e in self.timeline() if e.what == CHECKPOINT_ABORTED and kind in e.detail]
 
     def _stores(self) -> JobPackage:
         assert self._package is not None

@@ -7,6 +7,7 @@ travel in slices that Ray keeps itself (tried: 150 of them). Only above `KEPT_BY
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -16,7 +17,7 @@ from rayflow.config import CheckpointConfig, JobConfig, duration_us
 from rayflow.errors import ClusterError, PlanError
 from rayflow.plan import Plan
 from rayflow.runtime.assembly import JobSpec
-from rayflow.runtime.stores import open_stores
+from rayflow.runtime.stores import Start, open_stores
 from rayflow.storage.checkpoints import CheckpointStore
 from rayflow.storage.snapshots import SnapshotStore
 
@@ -25,6 +26,9 @@ KEPT_BYTES_MAX: Final = 8 * 1024 * 1024
 """Ray inlines at most 10 MB of arguments in all; a larger job cannot be restarted once its driver has left."""
 
 HEARTBEAT_S_MAX: Final = 1.0
+
+PlanFor = Callable[[int], Plan]
+"""The plan of the same flow at this parallelism."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,8 @@ class JobPackage:
     checkpoints: CheckpointConfig | None
     run_id: str
     token: str
+    start: Start = "latest"
+    """Where a job with ``state="memory"`` begins; that of others stands in their directory before they start."""
 
     @property
     def durable(self) -> bool:
@@ -49,8 +55,10 @@ class JobPackage:
         heartbeat_s = min(HEARTBEAT_S_MAX, hang_timeout_s / 4)
         return JobSpec(self.plan, self.config, exactly_once, self.run_id, heartbeat_s)
 
-    def open_stores(self) -> tuple[CheckpointStore, SnapshotStore, bool]:
-        return open_stores(self.plan, self.config, self.checkpoints, start="latest")
+    def open_stores(self, *, begin: bool = False) -> tuple[CheckpointStore, SnapshotStore, bool]:
+        """With ``begin``, for the coordinator: what the job starts from is in the checkpoint store."""
+        start = self.start if begin and not self.durable else "latest"
+        return open_stores(self.plan, self.config, self.checkpoints, start=start, allow_other_flow=True)
 
 
 def pack(package: JobPackage) -> bytes:
@@ -63,6 +71,29 @@ def pack(package: JobPackage) -> bytes:
             f"{step} cannot be sent to the processes of the cluster: {type(error).__name__}: {error}; open files, "
             "connections, locks and models inside the function (or in the class given to map_batches), not outside"
         ) from error
+
+
+def pack_replan(plan_for: PlanFor | None, beside: int) -> bytes:
+    """The way to plan the job anew at another parallelism; empty when it cannot be sent, or not be kept beside the
+    package of ``beside`` bytes. The plan alone is not enough: what is fused depends on the parallelism."""
+    if plan_for is None:
+        return b""
+    try:
+        data = bytes(cloudpickle.dumps(plan_for))
+    except Exception:
+        return b""  # nothing of the job needs it; `Job.rescale` says what to do instead
+    return data if len(data) + beside <= KEPT_BYTES_MAX else b""
+
+
+def unpack_replan(data: bytes) -> PlanFor:
+    """Raises `ClusterError` when the user's modules are not to be found here."""
+    try:
+        plan_for: PlanFor = cloudpickle.loads(data)
+    except Exception as error:
+        raise ClusterError(
+            f"the flow cannot be loaded here: {type(error).__name__}: {error}; call this where its modules are"
+        ) from error
+    return plan_for
 
 
 def unpack(slices: tuple[bytes, ...]) -> JobPackage:

@@ -119,7 +119,7 @@ class CoordinatorRuntime:
         self._host = host
         self._memory_bound = memory_bound
         self._incarnation: Incarnation | None = None
-        self._discovered: tuple[SplitState, ...] | None = None
+        self._discovered: dict[str, tuple[SplitState, ...]] = {}
         self._committers = committers_of(plan.sinks().values())
         self._operators = {o.id: o.title for o in plan.operators().values() if o.stateful}
         self.checkpoint_figures = dict.fromkeys(CHECKPOINT_FIGURES, 0.0)
@@ -199,21 +199,23 @@ class CoordinatorRuntime:
         else:
             self._incarnation = self._store.latest(self._incarnation, unresolved)
         found = self._incarnation
-        discovered: tuple[SplitState, ...] = ()
         if found.manifest is not None:
             self.outcome.manifest = found.manifest
-        else:
-            if self._discovered is None:
-                self._discovered = self._discover()
-            discovered = self._discovered
+        # A source that the checkpoint has not seen is new in the flow, and is read from its beginning.
+        known = frozenset(() if found.manifest is None else found.manifest.parallelism)
+        discovered = tuple(
+            split for name in self._plan.sources() if name not in known for split in self._splits_of(name)
+        )
         return Recovered(found.manifest, found.next_checkpoint, found.next_attempt, discovered)
 
-    def _discover(self) -> tuple[SplitState, ...]:
-        return tuple(
-            SplitState(source, split_id, order, split)
-            for source, planned in self._plan.sources().items()
-            for order, (split_id, split) in enumerate(planned.source.discover())
-        )
+    def _splits_of(self, source: str) -> tuple[SplitState, ...]:
+        """What it discovers, asked once."""
+        if source not in self._discovered:
+            found = self._plan.sources()[source].source.discover()
+            self._discovered[source] = tuple(
+                SplitState(source, split_id, order, split) for order, (split_id, split) in enumerate(found)
+            )
+        return self._discovered[source]
 
     def _recover_sinks(self, attempt: Attempt, manifest: Manifest | None) -> Callable[[], CoordinatorEvent]:
         def recover() -> CoordinatorEvent:

@@ -57,6 +57,8 @@ class JobResult:
     """Rows of each `collect` sink by step id."""
     timeline: tuple[TimelineEntry, ...] = field(default=(), repr=False)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    savepoint: str | None = None
+    """URL of the savepoint that it was stopped with."""
 
     def table(self, name: str | None = None) -> pa.Table:
         """Rows of the `collect` sink ``name``, or of the only one."""

@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any
 
 from rayflow.config import CheckpointConfig, JobConfig
 from rayflow.core.ids import CheckpointId
 from rayflow.errors import ConfigError
 from rayflow.plan import Plan
+from rayflow.runtime.restoring import RestorePlan, plan_restore
 from rayflow.storage.checkpoints import CheckpointStore
 from rayflow.storage.filesystem import ObjectStore
 from rayflow.storage.layout import COORDINATORS, job_root
+from rayflow.storage.savepoints import IMPORTED, Savepoint, job_of, open_savepoint
 from rayflow.storage.snapshots import SnapshotStore
 from rayflow.storage.store import MemoryStore, Store
 
-Start = Literal["latest", "fresh"] | int
-"""Go on from the newest checkpoint; refuse a directory that has any; or go back to the checkpoint of this number."""
+Start = str | int
+"""``"latest"``: go on from the newest checkpoint; ``"fresh"``: refuse a directory that has any; a number: go back to
+that checkpoint; any other text: begin with the savepoint at this URL."""
 
 
 def open_stores(
-    plan: Plan, config: JobConfig, checkpoints: CheckpointConfig | None, *, start: Start, look: bool = False
+    plan: Plan,
+    config: JobConfig,
+    checkpoints: CheckpointConfig | None,
+    *,
+    start: Start,
+    look: bool = False,
+    allow_other_flow: bool = False,
 ) -> tuple[CheckpointStore, SnapshotStore, bool]:
     """(checkpoint store, snapshot store, whether state is held in memory) for a job.
 
     With ``look`` the place is listed now, so that one that cannot be reached or has no credentials is an error before
     anything starts. Raises `ConfigError` for ``state="fs"`` without a URL and for ``start="fresh"`` on a directory that
-    has checkpoints; `StorageError` for a place that cannot be read.
+    has checkpoints; `StorageError` for a place that cannot be read. A savepoint to start from that does not fit is a
+    `ConfigError`, `StateSchemaError` or `CorruptCheckpointError`, and nothing is changed then.
     """
     if checkpoints is None and config.state in ("fs", "rocksdb"):
         raise ConfigError(
@@ -45,12 +56,48 @@ def open_stores(
             f"job {plan.name!r} has {len(old)} checkpoints in {checkpoints.url if checkpoints else 'memory'}, "
             'and start="fresh" was asked for; choose another folder, or start="latest" to go on'
         )
-    if isinstance(start, int):
+    options = dict(checkpoints.storage_options) if checkpoints is not None else {}
+
+    def open_root(url: str) -> Store:
+        return ObjectStore(url, options)
+
+    snapshots = (
+        SnapshotStore(store, plan.max_parallelism, inline_max_bytes=None, open_root=open_root)
+        if in_memory
+        else SnapshotStore(store, plan.max_parallelism, open_root=open_root)
+    )
+    if isinstance(start, str) and start not in ("latest", "fresh"):
+        begin_with(start, plan, store, options, allow_other_flow=allow_other_flow)
+    elif isinstance(start, int):
         # The coordinator, which claims the directory after this, then finds every later checkpoint void (rule C8).
         CheckpointStore(store, plan.name).claim(start_from=CheckpointId(start))
-    snapshots = (
-        SnapshotStore(store, plan.max_parallelism, inline_max_bytes=None)
-        if in_memory
-        else SnapshotStore(store, plan.max_parallelism)
-    )
     return found, snapshots, in_memory
+
+
+def begin_with(url: str, plan: Plan, store: Store, options: Mapping[str, Any], *, allow_other_flow: bool) -> None:
+    """Make the savepoint at ``url`` the newest checkpoint of the job whose directory ``store`` is.
+
+    Its files stay where they are and are read from there until the job has taken a checkpoint of its own.
+    """
+    own = job_of(url)
+    if own is not None and isinstance(store, ObjectStore) and own[0] == store.url.rstrip("/"):
+        # A checkpoint of its own: imported it would name its own files as those of somebody else, which go some day.
+        CheckpointStore(store, plan.name).claim(start_from=own[1])
+        return
+    savepoint, restore = look_at(url, plan, options, allow_other_flow=allow_other_flow)
+    restore.check()
+    CheckpointStore(store, plan.name).adopt(savepoint.to_import(), IMPORTED)
+
+
+def look_at(
+    url: str, plan: Plan, options: Mapping[str, Any], *, allow_other_flow: bool
+) -> tuple[Savepoint, RestorePlan]:
+    """The savepoint, and what of it would be restored into ``plan``; nothing is changed."""
+    savepoint = open_savepoint(url, options)
+    manifest = savepoint.manifest
+    snapshots = SnapshotStore(
+        MemoryStore(), manifest.max_parallelism, open_root=lambda root: ObjectStore(root, options)
+    )
+    return savepoint, plan_restore(
+        plan, manifest, snapshots.read_schema, url=savepoint.url, allow_other_flow=allow_other_flow
+    )
