@@ -4,6 +4,7 @@ W1  an emitted watermark never decreases, and no result follows that starts befo
 W3  a window fires at most once per key: it is dropped when it fires, rows that come for it later are late, and the
     watermark is part of the snapshot, so that a closed window does not open again after a restore.
 A3  `WindowOperator.snapshot` copies references to immutable runs; what comes later goes into other runs.
+    What of a run has closed stays closed after a restore by the same watermark (W3).
 
 A window [start, end) is complete when the watermark w >= end, because no row with event time < w follows w.
 """
@@ -19,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rayflow.core.ids import MAX_WATERMARK, MIN_WATERMARK, CheckpointId
-from rayflow.errors import DataError, PlanError, ProtocolError
+from rayflow.errors import DataError, PlanError, ProtocolError, StateSchemaError
 from rayflow.operators.aggregates import Aggregate
 from rayflow.operators.base import FrozenState, FrozenTable, Operator, OperatorContext, Output, RestoredState
 from rayflow.operators.combine import CombineOperator, Combiner, LocalCombine, plan_of_rows
@@ -27,12 +28,15 @@ from rayflow.operators.event_time import EventTimeReader, OnNullTime
 from rayflow.operators.faults import UNLOCATED, located
 from rayflow.operators.grouping import Int64Array
 from rayflow.operators.preaggregate import ROWS, WINDOW_START, Preaggregation, check_names
-from rayflow.operators.runs import Run, RunStore
+from rayflow.operators.runs import Frozen, Run, RunStore
+from rayflow.operators.spill import RowOrder, Spill
 from rayflow.operators.tumbling import Tumbling, tumbling
 
 LATE = "late"
 """Tag of the side output of rows whose window had closed."""
 STATE: Final = "windows"
+PROGRESS: Final = "progress"
+"""Name of the state without rows whose meta says how far the windows have got."""
 OUTPUT_ROWS: Final = 65_536
 
 
@@ -77,6 +81,17 @@ class WindowAggregate:
         if self.input_is_partial and ROWS in schema.names:
             return Preaggregation.of_partials(self.keys, self.aggregates, schema).output_schema
         return self.plan(schema).output_schema
+
+    def state_schemas(self, input_schema: pa.Schema | None) -> Mapping[str, pa.Schema] | None:
+        """What `WindowOperator.snapshot` freezes, for rows or partial results of ``input_schema``."""
+        known = input_schema if input_schema is not None else self.schema
+        if known is None:
+            return None
+        if self.input_is_partial and ROWS in known.names:
+            plan = Preaggregation.of_partials(self.keys, self.aggregates, known)
+        else:
+            plan = self.plan(known)
+        return {STATE: plan.schema, PROGRESS: _no_rows(self.keys)}
 
     def plan(self, schema: pa.Schema) -> Preaggregation:
         """For rows of ``schema``; raises `PlanError` for what does not fit."""
@@ -193,13 +208,20 @@ class WindowOperator(Operator):
         """Types are known: from a snapshot or from rows; all that come later must agree with the first."""
         if self._plan is None:
             self._plan = preaggregation
-            self._runs = RunStore(preaggregation.merge, WINDOW_START)
+            self._runs = RunStore(preaggregation.merge, WINDOW_START, self._spill())
         elif not self._plan.schema.equals(preaggregation.schema):
             raise DataError(
                 f"{self.ctx}: the state has the columns {_brief(self._plan.schema)}, but the input now gives "
                 f"{_brief(preaggregation.schema)}; restore with the aggregates and types of the checkpoint, and do not "
                 "change the types of a stream"
             )
+
+    def _spill(self) -> Spill | None:
+        """Under ``rocksdb``: where runs go that do not fit into memory."""
+        backend = self.ctx.backend
+        if backend.kind != "rocksdb" or backend.scratch is None:
+            return None
+        return Spill(backend.scratch, backend.memory_bytes, RowOrder(WINDOW_START, self._factory.keys), self.ctx)
 
     # ------------------------------------------------------------------------------------------------- windows out
 
@@ -228,37 +250,43 @@ class WindowOperator(Operator):
             return
         assert self._runs is not None
         assert self._plan is not None
-        due = self._runs.take(time - self._spec.size_us)
-        if due is None:
-            return
-        try:
-            table = self._plan.finalise(due.table, self._spec.size_us)
-        except DataError as error:
-            raise DataError(f"{self.ctx}: {error}") from error
-        self.counters.fired_rows += table.num_rows
-        for batch in table.combine_chunks().to_batches(max_chunksize=self._factory.batch_rows):
-            self.out.emit(batch)
+        for due in self._runs.take(time - self._spec.size_us):
+            try:
+                table = self._plan.finalise(due, self._spec.size_us)
+            except DataError as error:
+                raise DataError(f"{self.ctx}: {error}") from error
+            self.counters.fired_rows += table.num_rows
+            for batch in table.combine_chunks().to_batches(max_chunksize=self._factory.batch_rows):
+                self.out.emit(batch)
 
     # ------------------------------------------------------------------------------------------------- checkpoints
 
     def snapshot(self, checkpoint: CheckpointId) -> FrozenState:
-        runs = () if self._runs is None else self._runs.runs()
-        # Until a batch has come the types are unknown; an empty table then only carries the watermark.
-        schema = (
-            pa.schema([(key, pa.null()) for key in self._factory.keys]) if self._plan is None else self._plan.schema
-        )
-        table = FrozenTable(
-            STATE,
-            tuple(run.table for run in runs),
-            schema=schema,
-            key_columns=self._factory.keys or None,
+        """The runs, uploaded once each, and how far they have got, in a table of its own without rows.
+
+        A run that was uploaded before some of its windows closed still has their rows: those with
+        ``window_start + size_us <= watermark`` are no state.
+        """
+        runs = Frozen((), (), (), ()) if self._runs is None else self._runs.freeze()
+        keys = self._factory.keys or None
+        progress = FrozenTable(
+            PROGRESS,
+            schema=_no_rows(self._factory.keys),
+            key_columns=keys,
             meta={
                 "watermark": self._watermark,
+                "size_us": self._spec.size_us,
+                "offset_us": self._spec.offset_us,
                 "late_rows": self.late_rows,
                 "first_group": self.ctx.key_groups.start,
+                "base": list(runs.base),
+                "merged": list(runs.merged),
             },
         )
-        return FrozenState((table,))
+        if self._plan is None:  # nothing has come, so the types are not known
+            return FrozenState((progress,))
+        windows = FrozenTable(STATE, runs.small, schema=self._plan.schema, key_columns=keys, pieces=runs.pieces)
+        return FrozenState((windows, progress))
 
     def restore(self, states: Sequence[RestoredState]) -> None:
         """Take back the runs of one or, after a change of parallelism, several subtasks.
@@ -269,24 +297,51 @@ class WindowOperator(Operator):
         one would drop rows as late that are not.
         """
         for state in states:
-            if state.name != STATE:
+            if state.name not in (STATE, PROGRESS):
                 raise DataError(f"{self.ctx} knows the state {STATE!r}, got {state.name!r}; restore a matching flow")
-            if state.table.num_rows == 0:
-                continue
-            table = state.table.replace_schema_metadata(None)
-            try:
-                plan = Preaggregation.of_partials(self._factory.keys, self._factory.aggregates, table.schema)
-            except PlanError as error:
-                raise DataError(f"{self.ctx} cannot restore state {STATE!r}: {error}") from error
-            self._bind(plan)
-            assert self._runs is not None
-            self._runs.restore(table.select(plan.schema.names))
-        metas = [state.meta for state in states if state.meta]
-        self._watermark = min((int(meta["watermark"]) for meta in metas), default=MIN_WATERMARK)
+            self._check_windows(state)
+        # By old subtask; version 1 of the format had it beside the rows.
+        progress = {int(state.meta["first_group"]): state.meta for state in states if state.meta}
+        self._watermark = min((int(meta["watermark"]) for meta in progress.values()), default=MIN_WATERMARK)
         # Each old subtask's counter goes on in one new subtask, so that the sum over subtasks stays right.
         self.counters.late_rows = sum(
-            int(meta["late_rows"]) for meta in metas if int(meta["first_group"]) in self.ctx.key_groups
+            int(meta["late_rows"]) for group, meta in progress.items() if group in self.ctx.key_groups
         )
+        base, merged = (
+            {piece for meta in progress.values() for piece in meta.get(kind, ())} for kind in ("base", "merged")
+        )
+        for state in states:
+            if state.name == STATE and state.table.num_rows:
+                self._restore_rows(state, base=state.piece in base, merged=state.piece in merged)
+
+    def _check_windows(self, state: RestoredState) -> None:
+        was = state.meta or {}
+        size, offset = was.get("size_us", self._spec.size_us), was.get("offset_us", self._spec.offset_us)
+        if (size, offset) != (self._spec.size_us, self._spec.offset_us):
+            raise StateSchemaError(
+                f"{self.ctx} has windows of {self._spec.size_us} us from {self._spec.offset_us} us on, its checkpoint "
+                f"of {size} us from {offset} us on: open windows cannot be cut anew; give the step another name= to "
+                "begin without its state, or the size it had"
+            )
+
+    def _restore_rows(self, state: RestoredState, *, base: bool, merged: bool) -> None:
+        table = state.table.replace_schema_metadata(None)
+        try:
+            plan = Preaggregation.of_partials(self._factory.keys, self._factory.aggregates, table.schema)
+        except PlanError as error:
+            raise DataError(f"{self.ctx} cannot restore state {STATE!r}: {error}") from error
+        self._bind(plan)
+        assert self._runs is not None
+        closed = None if self._watermark == MIN_WATERMARK else self._watermark - self._spec.size_us
+        self._runs.restore(table.select(plan.schema.names), piece=state.piece, base=base, merged=merged, closed=closed)
+
+    def close(self) -> None:
+        if self._runs is not None:
+            self._runs.close()
+
+
+def _no_rows(keys: Sequence[str]) -> pa.Schema:
+    return pa.schema([(key, pa.null()) for key in keys])
 
 
 def _brief(schema: pa.Schema) -> str:

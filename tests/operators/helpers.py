@@ -15,10 +15,11 @@ from rayflow.operators.base import (
     OperatorContext,
     OperatorFactory,
     RestoredState,
+    StateBackend,
 )
 
 
-def context(subtask: int = 0, parallelism: int = 1) -> OperatorContext:
+def context(subtask: int = 0, parallelism: int = 1, backend: StateBackend | None = None) -> OperatorContext:
     return OperatorContext(
         job="job",
         run_id="run",
@@ -30,15 +31,20 @@ def context(subtask: int = 0, parallelism: int = 1) -> OperatorContext:
         attempt=1,
         key_groups=key_group_range(subtask, parallelism, 128),
         now=lambda: 0.0,
+        backend=backend or StateBackend(),
     )
 
 
 def opened(
-    factory: OperatorFactory, subtask: int = 0, parallelism: int = 1, out: Collected | None = None
+    factory: OperatorFactory,
+    subtask: int = 0,
+    parallelism: int = 1,
+    out: Collected | None = None,
+    backend: StateBackend | None = None,
 ) -> tuple[Operator, Collected]:
     out = Collected() if out is None else out
     operator = factory.build()
-    operator.open(context(subtask, parallelism), out)
+    operator.open(context(subtask, parallelism, backend), out)
     return operator, out
 
 
@@ -49,19 +55,30 @@ def outputs(factory: OperatorFactory, batches: Iterable[pa.RecordBatch], tag: st
     return out.batches.get(tag, [])
 
 
-def frozen(operator: Operator) -> list[RestoredState]:
-    """What a snapshot of the operator would give back, as a copy that shares nothing with it."""
+def frozen(operator: Operator, *, pieces: bool = True) -> list[RestoredState]:
+    """What a snapshot of the operator would give back, as a copy that shares nothing with it: every piece under its id
+    (without ``pieces``: as after a savepoint, all rows as one), then what was written for this checkpoint only."""
     state = operator.snapshot(CheckpointId(1))
     assert state is not None
     found = []
     for table in state.tables:
-        assert table.schema is not None
-        whole = pa.concat_tables([table.schema.empty_table(), *map(_as_table, table.batches)])
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_file(sink, whole.schema) as writer:
-            writer.write_table(whole)
-        found.append(RestoredState(table.name, pa.ipc.open_file(sink.getvalue()).read_all(), table.meta))
+        parts = [(piece.id, piece.batches) for piece in table.pieces]
+        if table.batches or not parts:
+            parts.append(("", table.batches))
+        if not pieces:
+            parts = [("", tuple(batch for _, batches in parts for batch in batches))]
+        for piece, batches in parts:
+            found.append(RestoredState(table.name, _copied(table.schema, batches), table.meta, piece))
     return found
+
+
+def _copied(schema: pa.Schema, batches: Iterable[pa.RecordBatch | pa.Table]) -> pa.Table:
+    assert schema is not None
+    whole = pa.concat_tables([schema.empty_table(), *map(_as_table, batches)])
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, whole.schema) as writer:
+        writer.write_table(whole)
+    return pa.ipc.open_file(sink.getvalue()).read_all()
 
 
 def rows(batches: Sequence[pa.RecordBatch]) -> list[dict[str, object]]:

@@ -186,9 +186,10 @@ def _restored(
     for index in range(workers):
         operator, _ = opened(factory, index, workers, out)
         given_back = []
-        for (state,) in states:
+        for state in (state for old in states for state in old):
             mine = _owners(state.table, workers) == index if state.table.num_rows else np.zeros(0, bool)
-            given_back.append(RestoredState(state.name, state.table.filter(pa.array(mine, pa.bool_())), state.meta))
+            mine_only = state.table.filter(pa.array(mine, pa.bool_()))
+            given_back.append(RestoredState(state.name, mine_only, state.meta, state.piece))
         operator.restore(given_back)
         operators.append(operator)
     return operators
@@ -367,10 +368,10 @@ def test_a_fresh_start_and_a_state_that_does_not_fit() -> None:
     operator, _ = opened(_factory())
     operator.restore(())
     operator.process(_simple((1, 1)), 0)
-    (state,) = frozen(operator)
+    state, progress = frozen(operator)
     other, _ = opened(_factory(aggregates={"total": rf.max("v")}))
     with pytest.raises(DataError, match=r"cannot restore.*'total\.value'"):
-        other.restore([state])
+        other.restore([state, progress])
     with pytest.raises(DataError, match="'sessions'"):
         other.restore([RestoredState("sessions", state.table)])
     typed, _ = opened(_factory(schema=None, aggregates={"n": rf.min("v")}))
@@ -412,7 +413,8 @@ def test_a_snapshot_costs_references_only() -> None:
     state = operator.snapshot(CheckpointId(1))
     assert isinstance(state, FrozenState)
     assert pa.total_allocated_bytes() == before
-    assert sum(t.num_rows for t in state.tables[0].batches) == 50_000
+    (piece,) = state.tables[0].pieces
+    assert sum(t.num_rows for t in piece.batches) == 50_000
     assert state.tables[0].key_columns == KEYS
 
 
@@ -427,7 +429,7 @@ def _snapshot_holds(operator_class: type[WindowOperator]) -> bool:
     operator.process(_simple((1, 1), (2, 11)), 0)
     state = operator.snapshot(CheckpointId(1))
     before = int(sum(t.num_rows for t in state.tables[0].batches))
-    operator.process(_simple((3, 1)), 0)
+    operator.process(_simple((3, 1), (3, 11)), 0)
     operator.on_watermark(10)
     return before == int(sum(t.num_rows for t in state.tables[0].batches)) == 2
 

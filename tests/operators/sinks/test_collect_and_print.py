@@ -29,8 +29,12 @@ def frozen(operator: CollectOperator) -> FrozenTable:
     return table
 
 
+def _parts(table: FrozenTable) -> list[pa.RecordBatch | pa.Table]:
+    return [*(batch for piece in table.pieces for batch in piece.batches), *table.batches]
+
+
 def values(table: FrozenTable) -> list[int]:
-    return [v for piece in table.batches for v in piece["x"].to_pylist()]
+    return [v for part in _parts(table) for v in part["x"].to_pylist()]
 
 
 def test_collects_in_order_with_few_pieces() -> None:
@@ -38,7 +42,7 @@ def test_collects_in_order_with_few_pieces() -> None:
     for i in range(5_000):
         operator.process(batch(i), 0)
     assert values(frozen(operator)) == list(range(5_000))
-    assert len(frozen(operator).batches) < collect.TAIL_BATCHES + 10
+    assert len(_parts(frozen(operator))) < collect.TAIL_BATCHES + 10
 
 
 def test_large_batches_are_not_copied() -> None:
@@ -46,9 +50,7 @@ def test_large_batches_are_not_copied() -> None:
     operator = collecting()
     operator.process(big, 0)
     operator.process(big, 0)
-    assert [piece["x"].buffers()[1].address for piece in frozen(operator).batches] == [
-        big["x"].buffers()[1].address
-    ] * 2
+    assert [part["x"].buffers()[1].address for part in _parts(frozen(operator))] == [big["x"].buffers()[1].address] * 2
 
 
 def test_snapshot_is_frozen() -> None:
@@ -68,6 +70,54 @@ def test_restore_appends_what_several_subtasks_had() -> None:
     operator.restore([RestoredState("rows", pa.Table.from_batches([batch(1, 2)])) for _ in range(2)])
     operator.process(batch(3), 0)
     assert values(frozen(operator)) == [1, 2, 1, 2, 3]
+
+
+def _restored(table: FrozenTable) -> list[RestoredState]:
+    assert table.schema is not None
+    tail = [t if isinstance(t, pa.Table) else pa.Table.from_batches([t]) for t in table.batches]
+    found = [
+        RestoredState("rows", pa.Table.from_batches(piece.batches), piece=piece.id)
+        if isinstance(piece.batches[0], pa.RecordBatch)
+        else RestoredState("rows", piece.batches[0], piece=piece.id)
+        for piece in table.pieces
+    ]
+    return [*found, RestoredState("rows", pa.concat_tables([table.schema.empty_table(), *tail]))]
+
+
+def test_full_runs_are_uploaded_once_and_rows_stay_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collect, "RUN_ROWS", 16)
+    monkeypatch.setattr(collect, "TAIL_BATCHES", 3)
+    operator = collecting()
+    sizes = [1, 20, 3, 2, 1, 9, 4, 4, 4, 4, 1, 30, 1, 2, 1, 1]
+    at, known, written = 0, set[str](), 0
+    for number, size in enumerate(sizes * 4):
+        operator.process(batch(*range(at, at + size)), 0)
+        at += size
+        table = frozen(operator)
+        assert values(table) == list(range(at))
+        names = [piece.id for piece in table.pieces]
+        assert known <= set(names), "a run that was uploaded stays what it is"
+        fresh = [piece for piece in table.pieces if piece.id not in known]
+        written += sum(part.num_rows for piece in fresh for part in piece.batches)
+        known = set(names)
+        assert sum(part.num_rows for part in table.batches) < 2 * 16
+        if number % 7 == 6:
+            operator = collecting()
+            operator.restore(_restored(table))
+            assert [piece.id for piece in frozen(operator).pieces] == names
+    assert written <= at, "every row once"
+
+
+def test_pieces_of_two_subtasks_stay_whole() -> None:
+    """After 2 -> 1: the tail of the first stands before the runs of the second."""
+    one, other = collecting(), collecting()
+    for operator, first in ((one, 0), (other, 100_000)):
+        operator.process(batch(*range(first, first + collect.RUN_ROWS)), 0)
+        operator.process(batch(first + collect.RUN_ROWS), 0)
+    both = collecting()
+    both.restore([*_restored(frozen(one)), *_restored(frozen(other))])
+    assert values(frozen(both)) == values(frozen(one)) + values(frozen(other))
+    assert {p.id for p in frozen(both).pieces} >= {p.id for t in (one, other) for p in frozen(t).pieces}
 
 
 def test_nothing_collected() -> None:
