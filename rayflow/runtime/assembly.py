@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rayflow.config import JobConfig, duration_us
 from rayflow.core.ids import Attempt, ChannelId, SubtaskId
 from rayflow.core.keygroups import key_group_range
 from rayflow.core.manifest import StateHandle
 from rayflow.core.restore import clip
-from rayflow.operators.base import Committer, OperatorContext, RestoredState
+from rayflow.operators.base import ColdStore, Committer, OperatorContext, RestoredState, StateBackend
 from rayflow.plan import Plan, PlannedOperator
 from rayflow.runtime.chain import ChainRunner
 from rayflow.runtime.emitter import Emitter, Offer, partitioner_of
 from rayflow.runtime.ports import SnapshotStore
+from rayflow.runtime.scratch import Scratch
 from rayflow.runtime.source import SourceRunner
 from rayflow.runtime.uploads import Uploads
 from rayflow.storage.snapshots import dealt
@@ -45,8 +47,14 @@ def committers_of(operators: Iterable[PlannedOperator]) -> dict[str, Committer]:
     return {operator: committer for operator, committer in made.items() if committer is not None}
 
 
+def _open_rocks(folder: Path, ctx: OperatorContext) -> ColdStore:
+    from rayflow.storage.rocks import open_rocks  # only a job that asks for it needs the library
+
+    return open_rocks(folder, ctx)
+
+
 class Parts:
-    """Builds the parts of an attempt; keeps none of them."""
+    """Builds the parts of an attempt; keeps none of them but the folders on local disk."""
 
     def __init__(
         self,
@@ -64,6 +72,8 @@ class Parts:
         self._wall_time = wall_time
         self._plan = spec.plan.chain(subtask.chain)
         self.outputs = outputs_of(spec.plan, subtask)
+        self.scratch = Scratch(spec.config.local_dir, spec.plan.name, subtask, attempt)
+        self._backend = self._state_backend()
 
     @property
     def key_groups(self) -> range:
@@ -82,7 +92,14 @@ class Parts:
             key_groups=self.key_groups,
             now=self._now,
             wall_time=self._wall_time,
+            backend=self._backend,
         )
+
+    def _state_backend(self) -> StateBackend:
+        config = self._spec.config
+        if config.state != "rocksdb":
+            return StateBackend(config.state or "fs", config.state_memory_bytes)
+        return StateBackend("rocksdb", config.state_memory_bytes, self.scratch.folder, _open_rocks)
 
     def uploads(self, store: SnapshotStore, restored: Sequence[StateHandle] = ()) -> Uploads:
         """``restored``: what this attempt begins with; the pieces in it need not be written again."""

@@ -72,6 +72,7 @@ from rayflow.runtime.ports import (
     Uploaded,
     UploadFailed,
 )
+from rayflow.runtime.scratch import Scratch
 from rayflow.runtime.source import SourceRunner
 from rayflow.runtime.uploads import Uploads
 
@@ -115,6 +116,7 @@ class SubtaskRuntime:
         self._source: SourceRunner | None = None
         self._emitter: Emitter | None = None
         self._uploads: Uploads | None = None
+        self._scratch: Scratch | None = None
         self._reports = 0
         self._watermark_sent = MIN_WATERMARK
         self._watermark_due = 0.0
@@ -203,6 +205,7 @@ class SubtaskRuntime:
     def _begin(self, attempt: Attempt) -> None:
         """Drop everything and belong to ``attempt``: survivors of a failure are reset in place."""
         self._teardown()
+        scratch = self._scratch
         self._reset_attempt_state()
         self.attempt = attempt
         self._commands = Resequencer(attempt)
@@ -215,6 +218,8 @@ class SubtaskRuntime:
             credit_bytes=self._spec.config.inflight_bytes,
         )
         self._host.accept(attempt, self._inputs)
+        if scratch is not None and scratch.used:
+            self._host.background(_closing(scratch))  # behind the uploads that may still read from it
         self._host.background(lambda: Drained(attempt))
 
     def _teardown(self) -> None:
@@ -236,6 +241,7 @@ class SubtaskRuntime:
             raise ProtocolError(f"{self.subtask} was launched while {self.phase.value}")
         self._restored_from = launch.restored_from
         parts = Parts(self._spec, self.subtask, self.attempt, now=self._host.now, wall_time=self._host.wall_time)
+        self._scratch = parts.scratch
         self._uploads = parts.uploads(self._store, launch.states)
         self._emitter = parts.emitter(self._offer)
         self._chain = parts.chain(self._emitter)
@@ -270,6 +276,8 @@ class SubtaskRuntime:
     def close(self) -> None:
         """Release everything; safe at any time."""
         self._teardown()
+        if self._scratch is not None:
+            self._scratch.close()
         self.phase = Phase.CLOSED
 
     @property
@@ -448,6 +456,14 @@ class SubtaskRuntime:
     def _commit(self, checkpoint: CheckpointId) -> None:
         assert self._uploads is not None
         self._host.background(self._uploads.commit_task(self.attempt, checkpoint))
+
+
+def _closing(scratch: Scratch) -> Callable[[], SubtaskEvent]:
+    def task() -> SubtaskEvent:
+        scratch.close()
+        return Nothing()
+
+    return task
 
 
 class Inbox(Protocol):
