@@ -8,7 +8,9 @@ Keys are equal as their hashes are (rule K2): a null is a key of its own, a NaN 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -20,7 +22,34 @@ from rayflow.operators.base import DELETED, EXPIRES
 from rayflow.operators.grouping import plain_key
 from rayflow.operators.state.evolution import Outcome, compare, migrate
 
+NOTE: Final = b"rayflow"
+"""Key of the schema's metadata in a state file."""
 _OWN: Final = {DELETED: pa.bool_(), EXPIRES: pa.int64()}
+
+
+@dataclass(frozen=True, slots=True)
+class StateKeys:
+    """How the rows of a keyed state are told apart; both empty for state without keys."""
+
+    key_columns: tuple[str, ...] = ()
+    """The key group of a row is that of these (rule K2)."""
+    subkey_columns: tuple[str, ...] = ()
+
+    @property
+    def identity(self) -> tuple[str, ...]:
+        """What `merge_pieces` calls the key."""
+        return self.key_columns + self.subkey_columns
+
+
+def keys_of(schema: pa.Schema) -> StateKeys:
+    """As the note in a state file's schema tells them. Raises `CorruptCheckpointError` for a note that is no note."""
+    try:
+        own = json.loads((schema.metadata or {}).get(NOTE, b"{}"))
+        return StateKeys(tuple(map(str, own.get("key_columns", ()))), tuple(map(str, own.get("subkey_columns", ()))))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CorruptCheckpointError(
+            f"the note of rayflow in the schema of a state file cannot be read ({error}); use an earlier checkpoint"
+        ) from error
 
 
 def merge_pieces(
@@ -31,7 +60,8 @@ def merge_pieces(
     now_us: int | None = None,
     where: str = "the state",
 ) -> pa.Table:
-    """One table without `DELETED`, rows in the order of the pieces; at least one piece is needed, it may be empty.
+    """One table without `DELETED`; ``key_columns`` are those that tell rows apart (`StateKeys.identity`). Rows
+    are in the order of the pieces; at least one piece is needed, it may be empty.
 
     Pieces that were written before a change of the state's columns are migrated to the newest ones. With ``now_us``
     rows that have expired by then are left out; `EXPIRES` stays. Raises `CorruptCheckpointError` beginning with
