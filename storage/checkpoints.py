@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from rayflow.core.ids import Attempt, CheckpointId
-from rayflow.core.manifest import Manifest, decode, encode
+from rayflow.core.manifest import FORMAT_VERSION, Manifest, decode, encode
 from rayflow.errors import CorruptCheckpointError, FencedError, ProtocolError, StorageError
-from rayflow.storage.catalog import VOID_MARK, CheckpointInfo, CheckpointReader, Problem
+from rayflow.storage.catalog import VOID_MARK, CheckpointInfo, CheckpointReader, OpenRoot, Problem
 from rayflow.storage.fencing import IDS_A_BLOCK, Directory
 from rayflow.storage.layout import (
     COORDINATORS,
@@ -24,6 +24,8 @@ from rayflow.storage.layout import (
     decision_path,
     manifest_path,
     parse_claim,
+    released_path,
+    shared_prefix,
 )
 from rayflow.storage.retention import Contents, Retention
 from rayflow.storage.store import PutOutcome, Store
@@ -60,8 +62,9 @@ class CheckpointStore(CheckpointReader):
         *,
         wall_time: Callable[[], float] = time.time,
         nonce: Callable[[], str] = lambda: uuid.uuid4().hex,
+        open_root: OpenRoot | None = None,
     ) -> None:
-        super().__init__(store, job)
+        super().__init__(store, job, open_root=open_root)
         self._wall_time = wall_time
         self._nonce = nonce
         self._decision: Decision | None = None
@@ -89,7 +92,7 @@ class CheckpointStore(CheckpointReader):
         directory = self.survey()
         manifest = self.choose(directory, start_from)
         self._run_id = self._run_id_of(directory, manifest)
-        self._decide(number, directory, manifest)
+        self._decide(number, directory, None if manifest is None else manifest.checkpoint)
         self._check_not_fenced()
         assert self._decision is not None
         return Incarnation(
@@ -99,6 +102,32 @@ class CheckpointStore(CheckpointReader):
             next_attempt=Attempt(number * ATTEMPTS_AN_INCARNATION),
             run_id=self._run_id,
         )
+
+    def adopt(self, manifest: Manifest, kind: str) -> CheckpointId:
+        """Make ``manifest``, which was written elsewhere, the newest checkpoint here; the id it got.
+
+        Takes the directory over, as `claim` does, so that a job which runs on it is fenced; call nothing else then.
+        What was there stays and is older: nothing is void, so a crash in the middle changes nothing. It need not even
+        be readable: a savepoint is what one goes back to when it is not. The id is above that of ``manifest`` too,
+        because sinks name their output by checkpoints (rule C4).
+        """
+        number = self._take_number()
+        directory = self.survey()
+        self._run_id = manifest.run_id
+        newest = directory.manifests[0] if directory.manifests else None
+        self._decide(number, directory, newest, above=manifest.checkpoint)
+        assert self._decision is not None
+        own = replace(
+            manifest,
+            job=self._job,
+            checkpoint=CheckpointId(self._decision.ids_from),
+            kind=kind,
+            attempt=Attempt(number * ATTEMPTS_AN_INCARNATION),
+            incarnation=number,
+            version=FORMAT_VERSION,
+        )
+        self.commit(own)
+        return own.checkpoint
 
     def latest(self, incarnation: Incarnation, unresolved: Iterable[CheckpointId] = ()) -> Incarnation:
         """Read again after a failure of subtasks; the coordinator goes on.
@@ -137,9 +166,8 @@ class CheckpointStore(CheckpointReader):
                 return number
             number += 1
 
-    def _decide(self, number: int, directory: Directory, manifest: Manifest | None) -> None:
-        first = directory.next_id()
-        restored = None if manifest is None else manifest.checkpoint
+    def _decide(self, number: int, directory: Directory, restored: CheckpointId | None, *, above: int = 0) -> None:
+        first = max(directory.next_id(), CheckpointId(above + 1))
         block = (first - 1) // IDS_A_BLOCK + 1
         decision = Decision(number, restored, first, block * IDS_A_BLOCK + 1)
         self._store.put_if_absent(decision_path(decision), self._note())
@@ -247,7 +275,14 @@ class CheckpointStore(CheckpointReader):
             raise ProtocolError(
                 f"the files of checkpoint {checkpoint} may be named by its manifest: not discarded (C7)"
             )
+        # Nobody else names what it wrote: a file is named again only after its writer is complete.
         self._store.delete_prefix(checkpoint_folder(checkpoint))
+        self._store.delete_prefix(shared_prefix(checkpoint))
+
+    def release(self, checkpoint: CheckpointId) -> None:
+        """The user needs the savepoint ``checkpoint`` no longer: retention treats it as any other from now on."""
+        self._check_owned()
+        self._store.put_if_absent(released_path(checkpoint), self._note())
 
     def sweep(self, keep: int, *, upto: CheckpointId | None = None) -> None:
         """The job is over: leave nothing that no retained manifest names; see `Retention.sweep`.
@@ -263,7 +298,8 @@ class CheckpointStore(CheckpointReader):
         manifest = self.load(checkpoint)
         if manifest is None:
             return None
-        return Contents(manifest.kind, manifest.incarnation, frozenset(file.path for file in manifest.files()))
+        own = frozenset(file.path for file in manifest.files() if file.root is None)
+        return Contents(manifest.kind, manifest.incarnation, own)
 
     def _check_owned(self) -> None:
         if self._decision is None:

@@ -121,7 +121,8 @@ class SnapshotStore:
         piece = handle.piece if key_groups is None else clip(handle, key_groups, self._max_parallelism).piece
         if any(file.root is not None for file in handle.files):
             piece = ""
-        return RestoredState(handle.name, _undescribed(table), handle.meta, piece)
+        subkeys = tuple(_own(table.schema, where).get("subkey_columns", ())) if handle.keyed else ()
+        return RestoredState(handle.name, _undescribed(table), handle.meta, piece, subkey_columns=subkeys)
 
     def read_schema(self, handle: StateHandle) -> pa.Schema:
         """The columns of a table, reading no rows where that is possible. Raises what `read` raises."""

@@ -191,13 +191,13 @@ class ListsBeforeItClaims(CheckpointStore):
         directory = self.survey()
         manifest = self.choose(directory, start_from)
         number = self._take_number()
-        self._decide(number, directory, manifest)
+        self._decide(number, directory, None if manifest is None else manifest.checkpoint)
         next_id = directory.next_id()
         return Incarnation(number, manifest, next_id, Attempt(number * ATTEMPTS_AN_INCARNATION), "run")
 
 
 class DecidesNothing(CheckpointStore):
-    def _decide(self, number: int, directory: Directory, manifest: Manifest | None) -> None:
+    def _decide(self, number: int, directory: Directory, restored: CheckpointId | None, *, above: int = 0) -> None:
         self._decision = Decision(number, None, directory.next_id(), directory.next_id() + 100)
 
 
