@@ -12,6 +12,7 @@ from rayflow.errors import (
     JobFailedError,
     PlanError,
     RayflowError,
+    StateSchemaError,
     StorageError,
     UserCodeError,
 )
@@ -30,7 +31,9 @@ from rayflow.operators.state.declared import (
 )
 from rayflow.operators.windows import tumbling
 from rayflow.reading import from_arrow, from_generator, read_csv, read_json, read_parquet, read_source
+from rayflow.restore_plan import RestorePlan, restore_plan
 from rayflow.runtime.results import JobResult, JobStatus, SubtaskInfo
+from rayflow.storage.rebucket import rebucket
 from rayflow.stream import KeyedStream, Stream
 
 __version__ = "0.1.0"
@@ -61,7 +64,9 @@ __all__ = [
     "RayflowError",
     "ReducingState",
     "Restart",
+    "RestorePlan",
     "Source",
+    "StateSchemaError",
     "StorageError",
     "Stream",
     "SubtaskInfo",
@@ -83,6 +88,8 @@ __all__ = [
     "read_json",
     "read_parquet",
     "read_source",
+    "rebucket",
+    "restore_plan",
     "stddev",
     "sum",
     "tumbling",

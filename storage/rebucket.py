@@ -21,8 +21,8 @@ def rebucket(
     source_url: str,
     target_url: str,
     max_parallelism: int,
-    storage_options: Mapping[str, Any] | None = None,
     *,
+    storage_options: Mapping[str, Any] | None = None,
     on_progress: Progress | None = None,
 ) -> str:
     """Write the savepoint (or checkpoint) at ``source_url`` anew with so many key groups; the URL of the new one.

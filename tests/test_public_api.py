@@ -34,9 +34,11 @@ STATE = {
     "AggregatingState", "BroadcastProcess", "BroadcastState", "KeyedProcess", "ListState", "MapState", "ReducingState",
     "ValueState",
 }  # fmt: skip
+SAVEPOINTS = {"RestorePlan", "rebucket", "restore_plan"}
 ERRORS = {
     "ClusterError", "CommitLostError", "ConfigError", "CorruptCheckpointError", "DataError", "FencedError",
-    "JobCancelledError", "JobFailedError", "PlanError", "RayflowError", "StorageError", "UserCodeError",
+    "JobCancelledError", "JobFailedError", "PlanError", "RayflowError", "StateSchemaError", "StorageError",
+    "UserCodeError",
 }  # fmt: skip
 
 METHODS = {
@@ -71,7 +73,7 @@ def public_callables() -> Iterator[tuple[str, Callable[..., Any]]]:
 
 
 def test_names_are_those_promised() -> None:
-    assert set(rf.__all__) == SOURCES | EXPRESSIONS | AGGREGATES | RUNNING | STREAMS | STATE | ERRORS
+    assert set(rf.__all__) == SOURCES | EXPRESSIONS | AGGREGATES | RUNNING | STREAMS | STATE | SAVEPOINTS | ERRORS
     assert len(rf.__all__) == len(set(rf.__all__))
     assert all(hasattr(rf, name) for name in rf.__all__)
 

@@ -8,7 +8,10 @@ import click
 
 import rayflow
 from rayflow.cli.checkpoints import checkpoints
+from rayflow.cli.jobs import jobs, rescale, savepoint, stop
 from rayflow.cli.run import explain, run
+from rayflow.cli.savepoints import rebucket, restore_plan
+from rayflow.cli.state import state
 from rayflow.errors import RayflowError
 
 
@@ -34,3 +37,6 @@ def main(traceback: bool) -> None:
 main.add_command(run)
 main.add_command(explain)
 main.add_command(checkpoints)
+for command in (jobs, savepoint, stop, rescale, restore_plan, rebucket):
+    main.add_command(command)
+main.add_command(state)

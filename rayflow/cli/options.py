@@ -24,6 +24,20 @@ def storage_options(command: F) -> F:
     return option(command)
 
 
+def allowances(command: F) -> F:
+    """``--allow-dropped NAME`` (repeatable) and ``--allow-other-flow``, as `rayflow.Flow.run` takes them."""
+    dropped = click.option(
+        "--allow-dropped",
+        multiple=True,
+        metavar="NAME",
+        help="A step that is gone: what the checkpoint holds of it is left behind. Repeatable.",
+    )
+    other = click.option(
+        "--allow-other-flow", is_flag=True, help="The savepoint may be of a flow of another name than this one."
+    )
+    return dropped(other(command))
+
+
 def as_json(command: F) -> F:
     option = click.option("--json", "as_json", is_flag=True, help="Machine-readable output, alone on standard output.")
     return option(command)

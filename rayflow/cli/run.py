@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from rayflow.cli.loading import Target, TargetType, load_flow
-from rayflow.cli.options import as_json, print_json, storage_options
+from rayflow.cli.options import allowances, as_json, print_json, storage_options
 from rayflow.config import CheckpointConfig, JobConfig
+from rayflow.core.keygroups import DEFAULT_MAX_PARALLELISM
 from rayflow.progress import summary
 from rayflow.runtime.results import JobResult
 from rayflow.runtime.stores import Start
@@ -33,7 +34,25 @@ _parallelism = click.option(
 @_parallelism
 @click.option("--checkpoints", "url", metavar="URL", help="Folder or s3:// URL to keep checkpoints in.")
 @click.option("--interval", metavar="DURATION", help="Time between checkpoints, as 500ms or 10s; default 10s.")
-@click.option("--state", type=click.Choice(["fs", "memory"]), help="Where snapshots go; default: fs with a URL.")
+@click.option(
+    "--state",
+    type=click.Choice(["fs", "rocksdb", "memory"]),
+    help="Where state and its snapshots are kept; default: fs with a URL, else memory.",
+)
+@click.option(
+    "--max-parallelism",
+    type=click.IntRange(min=1, max=32_768),
+    default=DEFAULT_MAX_PARALLELISM,
+    show_default=True,
+    help="Key groups of the job; fixed for its life.",
+)
+@click.option(
+    "--from",
+    "origin",
+    metavar="latest|URL",
+    help="Begin with the savepoint at URL (or the checkpoint whose folder it is), or go on from the newest checkpoint.",
+)
+@allowances
 @click.option(
     "--start",
     default="latest",
@@ -50,7 +69,11 @@ def run(
     parallelism: int | None,
     url: str | None,
     interval: str | None,
-    state: Literal["fs", "memory"] | None,
+    state: Literal["fs", "rocksdb", "memory"] | None,
+    max_parallelism: int,
+    origin: str | None,
+    allow_dropped: tuple[str, ...],
+    allow_other_flow: bool,
     start: Start,
     local: bool,
     storage_options: dict[str, str],
@@ -59,6 +82,10 @@ def run(
     """Run the flow of FILE.py to its end."""
     if url is None and (interval is not None or storage_options):
         raise click.UsageError("--interval and --storage-option speak of checkpoints; add --checkpoints URL")
+    if origin is not None and start != "latest":
+        raise click.UsageError("--from and --start both say where to begin; give one of them")
+    if origin == "fresh" or (origin or "").isdecimal():
+        raise click.UsageError(f"--from takes latest or the URL of a savepoint, got {origin!r}; did you mean --start?")
     out = sys.stdout
     if as_json:
         # What user code prints must not get between the braces; on Ray it comes late, up to the end of this process.
@@ -71,7 +98,13 @@ def run(
     flow = load_flow(target)
     began = time.monotonic()
     result = flow.run(
-        parallelism=parallelism, checkpoints=checkpoints, config=JobConfig(state=state), local=local, start=start
+        parallelism=parallelism,
+        checkpoints=checkpoints,
+        config=JobConfig(state=state, max_parallelism=max_parallelism),
+        local=local,
+        start=origin or start,
+        allow_dropped=allow_dropped,
+        allow_other_flow=allow_other_flow,
     )
     seconds = time.monotonic() - began
     if as_json:
@@ -111,6 +144,7 @@ def _result_json(result: JobResult, seconds: float) -> dict[str, object]:
         "seconds": round(seconds, 3),
         "checkpoint": result.checkpoint,
         "restarts": result.restarts,
+        "savepoint": result.savepoint,
         "metrics": dict(result.metrics),
         "tables": {name: table.to_pylist() for name, table in result.tables.items()},
     }

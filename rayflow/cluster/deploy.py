@@ -17,10 +17,11 @@ from rayflow.errors import ClusterError
 from rayflow.plan import Plan
 
 
-def connect() -> None:
+def connect(*, start: bool = True) -> None:
     """Use the Ray of this process, else the cluster of ``RAY_ADDRESS`` or ``ray start``, else start a local one.
 
-    Not ``address="auto"``: that would join the private Ray of any other program on this machine, and end with it.
+    Not ``address="auto"``: that would join the private Ray of any other program on this machine, and end with it. With
+    ``start=False`` just that is wanted, to look after jobs that run there; then nothing is started.
     Ray's token authentication stays as Ray sets it (on, for a local cluster of 2.59 and later); its banner is a warning
     of Ray's logger, which is silenced with the rest below errors. What user code prints comes to this terminal.
     """
@@ -30,8 +31,15 @@ def connect() -> None:
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        ray.init(logging_level=logging.ERROR, log_to_driver=True, include_dashboard=False)
+        if start:
+            ray.init(logging_level=logging.ERROR, log_to_driver=True, include_dashboard=False)
+        else:
+            ray.init(address="auto", logging_level=logging.ERROR, log_to_driver=False)
     except Exception as error:
+        if not start:
+            raise ClusterError(
+                "no Ray cluster is running here, so there is no job to look after; set RAY_ADDRESS for one elsewhere"
+            ) from error
         raise ClusterError(
             f"no connection to Ray: {error}; start a cluster, or unset RAY_ADDRESS (and run `ray stop`) for a local one"
         ) from error

@@ -86,12 +86,13 @@ def submit(
     return job
 
 
-def attach(name: str) -> Job:
-    """Come back to a job that runs on the cluster: by the name of its flow, or by ``Job.name``.
+def attach(name: str, *, start: bool = True) -> Job:
+    """Come back to a job that runs on the cluster: by the name of its flow, or by ``Job.name``. ``start`` as in
+    `connect`.
 
     Raises `ClusterError` if there is none, or several of that name.
     """
-    connect()
+    connect(start=start)
     names = running_jobs()
     found = [n for n in names if name in (n, n.rpartition(":")[0])]
     if len(found) != 1:
