@@ -142,12 +142,11 @@ class TopOperator(KeyedOperator):
         seeded = n * len(heads)
         # The better value has the higher score; of equal values the one that came first: those of the state by place.
         age = np.concatenate([np.repeat(np.arange(-n, 0), len(heads)), segments.order])
+        # Arrow puts NaN behind the numbers in either direction, so the lowest are sorted as the highest and turned.
         descending = self._factory.descending
-        by_score = pc.sort_indices(
-            pa.table({"value": integers_of(column), "age": age}),
-            sort_keys=[("value", "ascending" if descending else "descending"), ("age", "descending")],
-            null_placement="at_end" if descending else "at_start",
-        ).to_numpy()
+        kinds = [("value", "ascending"), ("age", "descending" if descending else "ascending")]
+        sorted_rows = pc.sort_indices(pa.table({"value": integers_of(column), "age": age}), sort_keys=kinds).to_numpy()
+        by_score = sorted_rows if descending else sorted_rows[::-1]
         score = np.empty(len(column), np.int64)
         score[by_score] = np.arange(len(column))
         score[column.is_null().to_numpy(zero_copy_only=False)] = -1

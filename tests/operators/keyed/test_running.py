@@ -151,8 +151,8 @@ def test_sums_of_floats_are_those_of_a_loop_to_the_last_bit(data: list[tuple[int
 
 def test_rows_come_out_in_the_order_they_came_with_keys_and_event_time() -> None:
     data = [(2, "a", 5, 1), (1, "b", 3, 2), (2, "a", 1, 10), (1, None, 9, 4)]
-    data = [(*row, *[None] * 6) for row in data]
-    found = run(_factory(aggregates={"total": rf.sum("v")}), table_of(SCHEMA, data), Way())
+    table = table_of(SCHEMA, [(*row, *[None] * 6) for row in data])
+    found = run(_factory(aggregates={"total": rf.sum("v")}), table, Way())
     assert [list(row) for row in found] == [["k", "s", "t", "total"]] * 4
     assert [(r["k"], r["s"], r["t"].microsecond, r["total"]) for r in found] == [
         (2, "a", 5, 1),
@@ -226,6 +226,7 @@ def test_keys_keep_their_type_and_equal_ones_are_one() -> None:
     for column in words:
         operator.process(pa.RecordBatch.from_arrays([column], ["k"]), 0)
     table = out.table()
+    assert table is not None
     assert table.column("k").to_pylist() == ["x", "y", "x", "y", "z", "x"]
     assert table.schema == factory.output_schema(pa.schema([("k", words[0].type)]))
     assert table.column("n").to_pylist() == [1, 1, 2, 2, 1, 3]
