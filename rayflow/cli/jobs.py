@@ -18,9 +18,8 @@ if TYPE_CHECKING:
 
     from rayflow.cluster.job import Job
 
-_timeout = click.option(
-    "--timeout", type=click.FloatRange(min=0), help="Seconds to wait; default: as long as it takes."
-)
+_timeout = click.option("--timeout", type=click.FloatRange(min=0), help="Seconds to wait; default: for ever.")
+_to = click.option("--to", metavar="URL", help="A new folder for the savepoint; default: in the job's directory.")
 
 
 @click.command()
