@@ -24,10 +24,10 @@ def open_rocks(folder: Path, ctx: OperatorContext) -> ColdStore:
 def read_folder(folder: Path, meta: Json, groups: range | None = None) -> Mapping[str, Iterator[pa.RecordBatch]]:
     """The tables in the downloaded files of a RocksDB checkpoint; see `rayflow.storage.rocks.export.read_folder`."""
     try:
-        from rayflow.storage.rocks import export
+        from rayflow.storage.rocks.export import read_folder as read
     except ImportError as error:
         raise _missing("reading a checkpoint of state='rocksdb'") from error
-    return export.read_folder(folder, meta, groups)
+    return read(folder, meta, groups)
 
 
 def _missing(what: str) -> ConfigError:

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
@@ -17,9 +20,11 @@ from rocksdict import (
     Checkpoint,
     DBCompactionStyle,
     DBCompressionType,
+    IngestExternalFileOptions,
     Options,
     Rdict,
     ReadOptions,
+    SstFileWriter,
     UniversalCompactOptions,
     WriteBatch,
     WriteOptions,
@@ -32,7 +37,8 @@ T = TypeVar("T")
 BEHIND_ALL: Final = b"\xff\xff\xff"
 """Greater than every key: the table number 255 is never given."""
 _MIB: Final = 1024 * 1024
-_BATCH_ROWS: Final = 65_536
+# Chunks of rows in one file that is taken in: some 40 MB of small rows.
+_CHUNKS_A_FILE: Final = 16
 # Sorted runs before some are merged, and how many at least. Measured over 30 checkpoints with 1 % of 3 million keys
 # changed between two (new SST bytes in % of all, mean / checkpoints above 5 %): 12 runs merged by 4: 2.5 / 3; 8 by 2:
 # 4.2 / 4; 4 by 2: 4.3 / 8; level compaction with 8: 5.6 / 4. Reads cost the same in all (filters).
@@ -86,7 +92,8 @@ class Database:
         # A property that can only be set, which the stubs of rocksdict do not say.
         setattr(self._unlogged, "disable_wal", True)  # noqa: B010
         access = AccessType.read_only(False) if read_only else AccessType.read_write()
-        self._db = self._guard("opened", lambda: Rdict(str(folder), options(memory_bytes), access_type=access))
+        self._options = options(memory_bytes)
+        self._db = self._guard("opened", lambda: Rdict(str(folder), self._options, access_type=access))
 
     def get(self, keys: Sequence[bytes]) -> list[bytes | None]:
         if not keys:
@@ -108,6 +115,26 @@ class Database:
     def delete_range(self, start: bytes, stop: bytes) -> None:
         if start < stop:
             self._guard("written", lambda: self._db.delete_range(start, stop, self._unlogged))
+
+    def compact(self) -> None:
+        """Merge everything into one run, without what was deleted."""
+        self._guard("written", lambda: self._db.compact_range(None, None))
+
+    def ingest(self, chunks: Iterator[tuple[list[bytes], list[bytes]]]) -> None:
+        """Put (keys, values) in ascending order of the keys, past memory and compaction: as finished files.
+
+        Twice as fast as batches; keys that are there already are replaced.
+        """
+        path = self.folder.with_name("incoming.sst")
+        moving = IngestExternalFileOptions()
+        moving.set_move_files(True)
+        for first in chunks:
+            writer = self._guard("written", lambda: SstFileWriter(self._options))
+            self._guard("written", partial(writer.open, str(path)))
+            for keys, values in chain([first], islice(chunks, _CHUNKS_A_FILE - 1)):
+                self._guard("written", partial(deque, map(writer.__setitem__, keys, values), 0))
+            self._guard("written", writer.finish)
+            self._guard("written", lambda: self._db.ingest_external_file([str(path)], moving))
 
     def items(self, start: bytes, stop: bytes) -> Iterator[tuple[bytes, bytes]]:
         """All with start <= key < stop, ascending."""
@@ -143,10 +170,11 @@ class Database:
         return self._guard("read", lambda: self._db.property_int_value("rocksdb.estimate-num-keys")) or 0
 
     def close(self) -> None:
-        """Without flushing; twice is allowed."""
+        """Twice is allowed. RocksDB flushes once more; what cannot be written then was in no checkpoint anyway."""
         if not self._closed:
             self._closed = True
-            self._guard("closed", self._db.close)
+            with suppress(StorageError):
+                self._guard("closed", self._db.close)
 
     def _guard(self, what: str, action: Callable[[], T]) -> T:
         try:

@@ -1,15 +1,15 @@
 """Folders of a checkpoint become the database of a subtask: as they are, or clipped to its key groups (rule K3).
 
 - One folder that is exactly the subtask's: its files are the database, and keep the names they were uploaded by.
-- One folder with more in it: the same, and the other key groups are deleted by range. The files stay as they are and
-  need not be uploaded again; compaction drops what is dead in them in its own time.
-- Several folders: the largest is the base; the rows of the others in the subtask's key groups are put into it.
+- One folder with more in it: the same, but the other key groups are deleted by range and compacted away at once (about
+  2.5 million rows/s that stay), so that nobody uploads, downloads or counts them again.
+- Several folders: the largest is the base; the rows of the others in the subtask's key groups are put into it as files.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -53,6 +53,7 @@ def take_over(
     if not base.folder.exact:
         database.delete_range(b"", _start(base.folder.key_groups.start))
         database.delete_range(_start(base.folder.key_groups.stop), BEHIND_ALL)
+        database.compact()
     for parent in parents:
         if parent is not base:
             _copy(parent, database, base.catalog, memory_bytes, ctx)
@@ -81,17 +82,26 @@ def _copy(parent: _Parent, into: Database, catalog: Catalog, memory_bytes: int, 
         for old in parent.catalog.tables.values():
             new = _counterpart(old, catalog, ctx)
             verbatim = old.versions == new.versions[: len(old.versions)]
-            number = bytes([new.number])
-            for group in source.groups(groups):
-                prefix = _start(group)
-                pairs = source.items(prefix + bytes([old.number]), prefix + bytes([old.number + 1]))
-                while chunk := list(islice(pairs, _COPY_ROWS)):
-                    values = [value for _, value in chunk]
-                    if not verbatim:
-                        values = new.encode_values(old.decode_values(values, f"state {old.name!r} of {ctx}"))
-                    into.put([prefix + number + key[3:] for key, _ in chunk], values)
+            into.ingest(
+                _rows(source, old, None if verbatim else new, new.number, groups, f"state {old.name!r} of {ctx}")
+            )
     finally:
         source.close()
+
+
+def _rows(
+    source: Database, old: TableInfo, anew: TableInfo | None, number: int, groups: range, where: str
+) -> Iterator[tuple[list[bytes], list[bytes]]]:
+    """Encoded rows of ``old`` as those of table ``number``; ``anew``: values are encoded as there."""
+    for group in source.groups(groups):
+        prefix = _start(group)
+        pairs = source.items(prefix + bytes([old.number]), prefix + bytes([old.number + 1]))
+        while chunk := list(islice(pairs, _COPY_ROWS)):
+            values = [value for _, value in chunk]
+            if anew is not None:
+                values = anew.encode_values(old.decode_values(values, where))
+            keys = [key for key, _ in chunk]
+            yield keys if number == old.number else [prefix + bytes([number]) + key[3:] for key in keys], values
 
 
 def _counterpart(old: TableInfo, catalog: Catalog, ctx: OperatorContext) -> TableInfo:
