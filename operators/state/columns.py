@@ -92,6 +92,8 @@ class FixedColumn:
         self.data: Numbers = np.zeros(0, dtype)
         self.valid: BoolArray = np.zeros(0, np.bool_)
         self._canonical = key and dtype.kind == "f"
+        self._nulls = False
+        """A null was ever put."""
         self._bits = np.dtype(f"u{dtype.itemsize}") if dtype.kind == "f" else dtype
 
     def grow(self, capacity: int) -> None:
@@ -115,6 +117,7 @@ class FixedColumn:
         if valid is None:
             self.valid[slots] = True
         else:
+            self._nulls = True
             self.valid[slots] = valid if rows is None else valid[rows]
 
     def same(self, slots: Int64Array, prepared: tuple[Numbers, BoolArray | None], rows: Int64Array | None) -> BoolArray:
@@ -123,8 +126,9 @@ class FixedColumn:
         if rows is not None:
             data, valid = data[rows], None if valid is None else valid[rows]
         equal: BoolArray = self.data[slots].view(self._bits) == data.view(self._bits)
-        stored = self.valid[slots]
-        equal &= stored if valid is None else stored == valid
+        if self._nulls or valid is not None:
+            stored = self.valid[slots]
+            equal &= stored if valid is None else stored == valid
         return equal
 
     def get(self, slots: Int64Array) -> pa.Array:
@@ -142,8 +146,12 @@ class FixedColumn:
         self.valid[slots] = False
 
     @property
-    def nbytes(self) -> int:
+    def slot_bytes(self) -> int:
         return self.data.nbytes + self.valid.nbytes
+
+    @property
+    def heap_bytes(self) -> int:
+        return 0
 
 
 class HeapColumn:
@@ -194,8 +202,12 @@ class HeapColumn:
         self.valid[slots] = False
 
     @property
-    def nbytes(self) -> int:
-        return self.where.nbytes + self.valid.nbytes + sum(int(chunk.nbytes) for chunk in self._chunks)
+    def slot_bytes(self) -> int:
+        return self.where.nbytes + self.valid.nbytes
+
+    @property
+    def heap_bytes(self) -> int:
+        return sum(int(chunk.nbytes) for chunk in self._chunks)
 
     def _take(self, slots: Int64Array) -> pa.Array:
         if not self._chunks:

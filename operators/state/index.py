@@ -44,6 +44,7 @@ class KeyIndex:
         self._free: list[Int64Array] = []
         self._free_count = 0
         self._entries: Int64Array = np.full(_SMALLEST, _EMPTY, np.int64)
+        self._scratch: Int64Array = np.zeros(0, np.int64)
         self._used = 0
         """Entries that are not empty, removed ones among them; at most half."""
 
@@ -83,14 +84,26 @@ class KeyIndex:
         if self.count == 0:
             self._forget()
 
+    def distinct(self, slots: Int64Array) -> Int64Array:
+        """Each slot once; without sorting."""
+        if len(slots) < 2 or bool(np.all(slots[1:] > slots[:-1])):
+            return slots
+        if len(self._scratch) < self.capacity:
+            self._scratch = np.empty(self.capacity, np.int64)
+        places = np.arange(len(slots))
+        self._scratch[slots] = places
+        once: Int64Array = slots[self._scratch[slots] == places]
+        return once
+
     def keys(self, slots: Int64Array) -> list[pa.Array]:
         """The key columns of these slots."""
         return [column.get(slots) for column in self.columns]
 
-    @property
-    def nbytes(self) -> int:
-        held = self._entries.nbytes + self.hashes.nbytes + self.alive.nbytes
-        return held + sum(column.nbytes for column in self.columns)
+    def held_bytes(self) -> int:
+        """Memory in use; room that was made but not touched yet does not count."""
+        slots = self.hashes.nbytes + self.alive.nbytes + sum(column.slot_bytes for column in self.columns)
+        heaps = sum(column.heap_bytes for column in self.columns)
+        return self._entries.nbytes + heaps + slots * self.high // max(1, self.capacity)
 
     # ------------------------------------------------------------------------------------------------------- probing
 

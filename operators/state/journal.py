@@ -34,6 +34,8 @@ SMALL_ROWS: Final = (4_096, 65_536)
 SMALL_RUNS: Final = 32
 """So many runs of less rows than one of `SMALL_ROWS` become one."""
 _WINDOW_MIN: Final = 1_024
+_DENSE: Final = 16
+"""Where at least one slot of so many has changed, the table is looked through instead of the log."""
 
 
 class Rows(Protocol):
@@ -93,14 +95,15 @@ class Journal:
             self._log.append(fresh)
             self._logged += len(fresh)
 
-    def removing(self, slots: Int64Array) -> None:
-        """These rows, distinct ones, are about to go."""
+    def removing(self, slots: Int64Array) -> Int64Array:
+        """These rows, distinct ones, are about to go; returns all of them."""
         self._dirty[slots] = False
         sealed = slots[self._run_of[slots] > 0]
         if len(sealed):
             self._gone.append(self._rows.index.keys(sealed))
             self._gone_rows += len(sealed)
             self._run_of[sealed] = 0
+        return slots
 
     def settle(self) -> None:
         """Seal if there is much to seal. Only when nobody holds slots: who touches a row may write it later."""
@@ -125,11 +128,15 @@ class Journal:
         self._gone, self._gone_rows = [], 0
 
     def clear(self) -> None:
-        """All rows have been removed."""
-        self._log, self._logged, self._gone, self._gone_rows, self._runs = [], 0, [], 0, []
-        self._dirty[:] = False
-        self._run_of[:] = 0
+        """There are no rows any more, and no slots."""
+        self.reset()
+        self._gone, self._gone_rows, self._runs = [], 0, []
         self._lap, self._cursor = self._next_run, 0
+
+    def reset(self) -> None:
+        """The table starts anew with no slots."""
+        self._log, self._logged = [], 0
+        self._dirty, self._run_of = np.zeros(0, np.bool_), np.zeros(0, np.int64)
 
     # -------------------------------------------------------------------------------------------------------- sealing
 
@@ -151,7 +158,8 @@ class Journal:
         older = self._without_outdated(self._still_of(again))
         self._run_of[older] = number
         if self._rows.index.count == 0:
-            self.clear()
+            self._gone, self._gone_rows, self._runs = [], 0, []
+            self._lap, self._cursor = self._next_run, 0
             return
         self._write(number, np.concatenate([changed, passed, older]), [keys for run in again for keys in run.gone])
         if ended:
@@ -161,6 +169,8 @@ class Journal:
     def _distinct(self, log: Sequence[Int64Array]) -> Int64Array:
         if not log:
             return np.zeros(0, np.int64)
+        if self._logged * _DENSE > self._rows.index.high:
+            return np.flatnonzero(self._dirty[: self._rows.index.high])  # in order of the slots: faster to copy, too
         slots = np.concatenate(log)
         slots = slots[self._dirty[slots]]  # the others were removed meanwhile
         # The last place of each slot wins; nobody needs what `_run_of` said of it any more, but whether it was sealed.

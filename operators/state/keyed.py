@@ -20,7 +20,9 @@ from rayflow.operators.base import (
     RestoredState,
     new_piece,
 )
+from rayflow.operators.state.cache import Disk
 from rayflow.operators.state.evolution import migrate
+from rayflow.operators.state.journal import Journal
 from rayflow.operators.state.table import StateTable
 
 
@@ -37,19 +39,32 @@ class KeyedState:
         self._tables: dict[str, StateTable] = {}
         self._restored: dict[str, list[_Restored]] = {}
         """Of tables that are not declared (yet)."""
+        self._disk: Disk | None = None
+        if ctx.backend.kind == "rocksdb":
+            if ctx.backend.open_cold is None or ctx.backend.scratch is None:
+                raise ProtocolError(f"{ctx}: the rocksdb back end was given no store to open")
+            self._disk = Disk(ctx.backend.open_cold(ctx.backend.scratch("state"), ctx), ctx)
+        self._closed = False
 
     def restore(self, states: Sequence[RestoredState]) -> None:
         """Before the first `table`. States of tables that are never declared are kept and frozen again, not lost."""
         if self._tables or self._restored:
             raise ProtocolError(f"{self._ctx}: state was restored after it was in use; restore comes first and once")
+        folders = [state.folder for state in states if state.folder is not None]
+        if folders and self._disk is not None:
+            self._disk.store.restore(folders)
         for state in states:
             if state.folder is not None:
+                if self._disk is not None:
+                    continue
                 raise StateSchemaError(
                     f"{self._ctx}: the checkpoint holds state {state.name!r} as files of {state.folder.format}, and "
                     f"this run keeps state as {self._ctx.backend.kind!r}; restore from a savepoint of that run, or run "
                     f"with state={state.folder.format!r}"
                 )
             piece = new_piece([state.table]) if not state.piece else Piece(state.piece, (state.table,))
+            if not state.table.schema.names:
+                continue
             self._restored.setdefault(state.name, []).append(_Restored(state, piece))
 
     def table(
@@ -64,9 +79,14 @@ class KeyedState:
         if found is not None:
             return found
         table = StateTable(name, keys, values, subkeys=subkeys, ttl_us=ttl_us, wall_time=self._ctx.wall_time)
-        for restored in self._restored.get(name, ()):
-            self._take_back(table, restored)
-        table.journal.forget_removed()
+        earlier = self._restored.get(name, ())
+        if self._disk is None:
+            journal = table.keep_in_memory()
+            for restored in earlier:
+                self._take_back(table, journal, restored)
+            journal.forget_removed()
+        else:
+            self._open_cold(table, self._disk, earlier)
         self._restored.pop(name, None)
         self._tables[name] = table
         return table
@@ -88,38 +108,62 @@ class KeyedState:
                 subkey_columns=tuple(table.keys.names[len(table.keys) - table.subkeys :]),
             )
             for table in self._tables.values()
+            if table.journal is not None
         ]
-        return FrozenState(tables=(*tables, *(self._undeclared(*item) for item in self._restored.items())))
+        tables += [self._undeclared(*item) for item in self._restored.items()]
+        if self._disk is None:
+            return FrozenState(tables=tuple(tables))
+        changes = {table.name: table.cache.changes() for table in self._tables.values() if table.cache is not None}
+        return FrozenState(tables=tuple(tables), folders=(self._disk.store.freeze(changes),))
 
     def close(self) -> None:
         """Release files and memory; safe at any time and twice."""
         self._tables, self._restored = {}, {}
+        if self._disk is not None and not self._closed:
+            self._disk.store.close()
+        self._closed = True
 
     # -------------------------------------------------------------------------------------------------------- within
 
-    def _take_back(self, table: StateTable, restored: _Restored) -> None:
+    def _take_back(self, table: StateTable, journal: Journal, restored: _Restored) -> None:
         rows = restored.state.table
-        if len(rows) == 0 and not rows.schema.names:
-            return
-        user = pa.schema([*table.keys, *table.values])
-        moved = migrate(rows, user, keys=table.keys.names, where=f"{self._ctx}, state {table.name!r}")
-        flags = moved.column(DELETED) if DELETED in moved.schema.names else None
-        plain = moved.select(user.names)
-        if table.ttl_us is not None:
-            plain = plain.append_column(EXPIRES, self._expiry(table, moved))
+        plain, removed = self._migrated(table, rows)
         exact = plain.schema.remove_metadata().equals(_without(rows.schema, DELETED).remove_metadata())
         piece = Piece(restored.piece.id, (rows,), transient=True)
         if not exact:
-            piece = new_piece([plain if flags is None else plain.append_column(DELETED, flags)], transient=True)
-        if flags is None:
-            slots = table.load(plain)
-        else:
-            removed = pc.fill_null(flags, False)
+            whole = plain if removed is None else plain.append_column(DELETED, removed)
+            piece = new_piece([whole], transient=True)
+        if removed is not None:
             gone = table.index.find(plain.filter(removed).columns[: len(table.keys)])
             table.drop(np.unique(gone[gone >= 0]))
-            slots = table.load(plain.filter(pc.invert(removed)))
+            plain = plain.filter(pc.invert(removed))
+        slots = table.load(plain)
         if len(rows):
-            table.journal.adopt(piece, len(rows), slots)
+            journal.adopt(piece, len(rows), slots)
+
+    def _open_cold(self, table: StateTable, disk: Disk, earlier: Sequence[_Restored]) -> None:
+        """A table of the store; rows that come from another back end or a savepoint are written into it."""
+        values = pa.schema(list(table.stored)[len(table.keys) :])
+        known_empty = table.name not in disk.store.tables()
+        cold = disk.store.table(table.name, table.keys, values, subkeys=table.subkeys)
+        cache = table.keep_on_disk(disk, cold, known_empty=known_empty)
+        for restored in earlier:
+            plain, removed = self._migrated(table, restored.state.table)
+            if removed is None:
+                cache.write(plain)
+            else:
+                cache.write(plain.filter(removed), delete=True)
+                cache.write(plain.filter(pc.invert(removed)))
+
+    def _migrated(self, table: StateTable, rows: pa.Table) -> tuple[pa.Table, pa.ChunkedArray | None]:
+        """(the rows with the columns of today, which of them are removed keys or None)."""
+        user = pa.schema([*table.keys, *table.values])
+        moved = migrate(rows, user, keys=table.keys.names, where=f"{self._ctx}, state {table.name!r}")
+        removed = pc.fill_null(moved.column(DELETED), False) if DELETED in moved.schema.names else None
+        plain = moved.select(user.names)
+        if table.ttl_us is not None:
+            plain = plain.append_column(EXPIRES, self._expiry(table, moved))
+        return plain, removed
 
     def _expiry(self, table: StateTable, rows: pa.Table) -> pa.Array:
         """When the rows expire; a state that had no time to live begins to have it now."""

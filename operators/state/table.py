@@ -8,9 +8,11 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from rayflow.operators.base import EXPIRES
-from rayflow.operators.grouping import Int64Array
+from rayflow.operators.base import EXPIRES, ColdTable
+from rayflow.operators.grouping import Int64Array, flat
+from rayflow.operators.state.cache import Cache, Disk
 from rayflow.operators.state.columns import BoolArray, FixedColumn, as_type, grown, slot_column
 from rayflow.operators.state.index import Hasher, KeyIndex
 from rayflow.operators.state.journal import Journal
@@ -22,9 +24,10 @@ class Keeper(Protocol):
 
     def grow(self, capacity: int) -> None: ...
     def touched(self, slots: Int64Array) -> None: ...
-    def removing(self, slots: Int64Array) -> None: ...
+    def removing(self, slots: Int64Array) -> Int64Array: ...
     def settle(self) -> None: ...
     def clear(self) -> None: ...
+    def reset(self) -> None: ...
 
 
 class StateTable:
@@ -59,13 +62,26 @@ class StateTable:
         self._expires: Int64Array = np.zeros(0, np.int64)
         self._wall_time = wall_time
         self._hasher = hasher
-        self.journal = Journal(self)
-        self._keeper: Keeper = self.journal
+        self.journal: Journal | None = None
+        self.cache: Cache | None = None
+        """One of the two, from `keep_in_memory` or `keep_on_disk`."""
+        self._keeper: Keeper
+        self._grown_to = 0
+
+    def keep_in_memory(self) -> Journal:
+        """Once, before anything else: changes become pieces."""
+        self._keeper = self.journal = Journal(self)
+        return self.journal
+
+    def keep_on_disk(self, disk: Disk, cold: ColdTable, *, known_empty: bool) -> Cache:
+        """Once, before anything else: memory is a cache of the store."""
+        self._keeper = self.cache = Cache(self, disk, cold, known_empty=known_empty)
+        return self.cache
 
     @property
     def rows(self) -> int:
         """Rows there are (under ``rocksdb`` those in memory)."""
-        return self.index.count
+        return self.index.count - (0 if self.cache is None else self.cache.gone_rows)
 
     def slots(self, keys: Sequence[pa.Array], *, insert: bool) -> Int64Array:
         """The slot of each row's key, -1 where there is none; with ``insert`` rows are made (all values null).
@@ -74,19 +90,16 @@ class StateTable:
         are not there.
         """
         self._keeper.settle()
+        if self.cache is not None:
+            return self._through_cache(self.cache, keys, insert=insert)
         if not insert:
             return self._present(self.index.find(keys))
         slots, new = self.index.insert(keys)
         self._room()
-        if self.ttl_us is not None and len(new) < len(slots):
-            outdated = self.outdated(slots)
-            if outdated is not None and outdated.any():
-                again = slots[outdated]
-                self.empty(again)
-                self.touch(again)
         if len(new):
-            self.empty(new)
-            self.touch(new)
+            self._begin(new)
+        if len(new) < len(slots):
+            self._begin_again(slots)
         return slots
 
     def key_arrays(self, slots: Int64Array) -> list[pa.Array]:
@@ -128,32 +141,36 @@ class StateTable:
 
     def delete(self, slots: Int64Array) -> None:
         """Remove the rows; -1 and repeated slots are allowed."""
-        slots = np.unique(slots)
-        slots = slots[np.searchsorted(slots, 0) :]
+        slots = self.index.distinct(slots[slots >= 0])
         self.drop(slots[self.index.alive[slots]])
 
     def clear(self) -> None:
         """Remove every row."""
-        self.index.remove(np.flatnonzero(self.index.alive[: self.index.high]))
+        self._reset()
         self._keeper.clear()
 
     def scan(self, batch_rows: int = 65_536) -> Iterator[pa.RecordBatch]:
         """All rows, keys then values, on disk and in memory, each once; the table must not be changed meanwhile."""
+        if self.cache is not None:
+            yield from map(self._visible, self.cache.scan(batch_rows))
+            return
         slots = self._live()
         for low in range(0, len(slots), batch_rows):
-            yield self._visible(slots[low : low + batch_rows])
+            yield self._visible(self.gather(slots[low : low + batch_rows]))
 
     def with_prefix(self, prefixes: Sequence[pa.Array]) -> pa.RecordBatch:
         """All rows (keys then values) whose key begins with one of these; for tables with a subkey.
 
         ``prefixes`` are the first columns of the key, distinct. Rows come grouped by prefix, in no order within.
         """
+        if self.cache is not None:
+            return self._visible(self.cache.with_prefix(prefixes))
         slots = self._live()
         wanted = KeyIndex(pa.schema(list(self.keys)[: len(prefixes)]), self._hasher)
         wanted.insert(prefixes)
         found = wanted.find([column.get(slots) for column in self.index.columns[: len(prefixes)]])
         which = np.flatnonzero(found >= 0)
-        return self._visible(slots[which[np.argsort(found[which], kind="stable")]])
+        return self._visible(self.gather(slots[which[np.argsort(found[which], kind="stable")]]))
 
     # ------------------------------------------------------------------------------------- for the keeper of changes
 
@@ -171,20 +188,39 @@ class StateTable:
         return outdated
 
     def drop(self, slots: Int64Array) -> None:
+        """Remove rows: distinct, all there."""
         if len(slots):
-            self._keeper.removing(slots)
-            self.index.remove(slots)
+            self.index.remove(self._keeper.removing(slots))
 
-    def load(self, rows: pa.Table) -> Int64Array:
+    def load(self, rows: pa.Table | pa.RecordBatch) -> Int64Array:
         """Put rows of a checkpoint, columns `stored`, into the table; nothing counts as changed."""
-        slots, new = self.index.insert([rows.column(i) for i in range(len(self.keys))])
+        slots, new = self.index.insert([flat(rows.column(i)) for i in range(len(self.keys))])
         self._room()
         self.empty(new)
-        for field, column in zip(self.values, self.columns.values(), strict=True):
-            column.put(slots, column.prepare(as_type(rows.column(field.name), field.type)), None)
-        if self.ttl_us is not None:
-            self._expires[slots] = as_type(rows.column(EXPIRES), pa.int64()).fill_null(0).to_numpy()
+        self.put(slots, rows)
         return slots
+
+    def put(self, slots: Int64Array, rows: pa.Table | pa.RecordBatch) -> None:
+        """Values (and the time they expire) of rows that are there; nothing counts as changed."""
+        for name, column in self.columns.items():
+            column.put(slots, column.prepare(as_type(rows.column(name), column.kind)), None)
+        if self.ttl_us is not None:
+            # Null in rows from before the state had a time to live: theirs begins now.
+            self._expires[slots] = flat(rows.column(EXPIRES)).fill_null(self._now() + self.ttl_us).to_numpy()
+
+    def retain(self, slots: Int64Array) -> Int64Array:
+        """Forget all rows but these, which get new slots; the memory of the others is free again."""
+        rows = self.gather(slots)
+        self._reset()
+        self._keeper.reset()
+        return self.load(rows)
+
+    def held_bytes(self) -> int:
+        """Memory in use; room that was made but not touched yet does not count."""
+        used = self.index.high / max(1, self.index.capacity)
+        columns = sum(column.slot_bytes for column in self.columns.values()) + self._expires.nbytes
+        heaps = sum(column.heap_bytes for column in self.columns.values())
+        return int(used * columns) + heaps + self.index.held_bytes()
 
     def empty(self, slots: Int64Array) -> None:
         """All values null."""
@@ -196,18 +232,54 @@ class StateTable:
     def _now(self) -> int:
         return int(self._wall_time() * 1_000_000)
 
+    def _begin(self, slots: Int64Array) -> None:
+        """These are new rows."""
+        self.empty(slots)
+        self.touch(slots)
+
+    def _begin_again(self, slots: Int64Array) -> None:
+        """Rows of these that have expired begin anew."""
+        outdated = self.outdated(slots)
+        if outdated is not None and outdated.any():
+            self._begin(slots[outdated])
+
+    def _through_cache(self, cache: Cache, keys: Sequence[pa.Array], *, insert: bool) -> Int64Array:
+        slots, new = self.index.insert(keys)
+        self._room()
+        if len(new):
+            self.empty(new)
+            unknown = cache.fetch(new)
+            if insert:
+                self.touch(unknown)
+            elif len(unknown):
+                self.index.remove(unknown)
+                slots = np.where(self.index.alive[slots], slots, -1)
+        if insert:
+            again = cache.revive(slots)
+            if len(again):
+                self._begin(again)
+            self._begin_again(slots)
+        else:
+            slots = self._present(np.where(cache.absent(slots), -1, slots))
+        cache.mark_used(slots[slots >= 0] if not insert else slots)
+        return slots
+
+    def _reset(self) -> None:
+        self.index = KeyIndex(self.keys, self._hasher)
+        self.columns = {field.name: slot_column(field.type) for field in self.values}
+        self._expires = np.zeros(0, np.int64)
+        self._grown_to = 0
+
     def _room(self) -> None:
         """All columns as long as the index."""
         capacity = self.index.capacity
-        if len(self.index.alive) and self._grown_to != capacity:
+        if self._grown_to != capacity:
             for column in self.columns.values():
                 column.grow(capacity)
             if self.ttl_us is not None:
                 self._expires = grown(self._expires, capacity)
             self._keeper.grow(capacity)
             self._grown_to = capacity
-
-    _grown_to = 0
 
     def _present(self, slots: Int64Array) -> Int64Array:
         if self.ttl_us is not None and len(self._expires):
@@ -222,6 +294,8 @@ class StateTable:
         outdated = self.outdated(slots)
         return slots if outdated is None else slots[~outdated]
 
-    def _visible(self, slots: Int64Array) -> pa.RecordBatch:
-        columns = self.index.keys(slots) + [column.get(slots) for column in self.columns.values()]
-        return pa.RecordBatch.from_arrays(columns, schema=pa.schema([*self.keys, *self.values]))
+    def _visible(self, rows: pa.RecordBatch) -> pa.RecordBatch:
+        """Rows as they are stored, without those that have expired and without the engine's columns."""
+        if self.ttl_us is not None:
+            rows = rows.filter(pc.greater(rows.column(EXPIRES), self._now()).fill_null(True))
+        return rows.select([*self.keys.names, *self.values.names])
