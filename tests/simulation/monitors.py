@@ -104,8 +104,9 @@ class Monitors:
             return  # given up meanwhile, and its files may have been deleted: nobody will believe it
         who = f"{envelope.subtask} acknowledges {report.checkpoint}"
         for handle in report.snapshot.states:
-            if handle.file is not None and (problem := self._observer.problem(handle.file)):
-                raise Violation(f"C1: {who}, but {handle.file.path} {problem}")
+            for file in handle.files:
+                if problem := self._observer.problem(file):
+                    raise Violation(f"C1: {who}, but {file.path} {problem}")
         for committable in report.snapshot.committables:
             token = str(committable.payload)
             if not any(token in t.prepared or token in t.committed for t in self._targets):

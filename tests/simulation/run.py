@@ -12,7 +12,7 @@ from random import Random
 
 from rayflow.core.events import JobState
 from rayflow.runtime.assembly import JobSpec
-from rayflow.storage.retention import PINNED_KINDS
+from rayflow.storage.retention import PINNED_KIND
 from tests.simulation.faults import FaultBudget, Faults, Violation
 from tests.simulation.scenario import Mode, Scenario, draw
 from tests.simulation.storage import Observer
@@ -155,7 +155,7 @@ def check_end(world: SimWorld, scenario: Scenario, outcome: JobState = JobState.
             raise Violation(f"S1: {sorted(target.prepared)} are left prepared")
     if strays := world.observer.strays():
         raise Violation(f"C7: files that no manifest names are left: {strays}")
-    kept = [m for m in world.observer.manifests.values() if m.kind not in PINNED_KINDS]
+    kept = [m for m in world.observer.manifests.values() if m.kind != PINNED_KIND]
     if len(kept) > scenario.retain:
         raise Violation(f"C7: {sorted(world.observer.manifests)} are left, {scenario.retain} are to be kept")
 
