@@ -13,7 +13,7 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from rayflow.core.ids import CheckpointId
-from rayflow.core.manifest import Manifest, SplitState, decode
+from rayflow.core.manifest import Json, Manifest, SplitState, decode
 from rayflow.core.restore import splits_of
 from rayflow.directories import JobDirectory, open_jobs
 from rayflow.errors import ConfigError, CorruptCheckpointError
@@ -79,6 +79,17 @@ class Checkpoint:
         """
         self._check(step, state)
         return self._reader.table(step, state, key_groups)
+
+    def meta(self, step: str, state: str) -> list[Json]:
+        """The JSON that stands beside the state: of each subtask the newest, where it has any. Raises as `table`."""
+        self._check(step, state)
+        newest = {
+            h.subtask: h.meta
+            for p in self.manifest.subtasks
+            for h in p.states
+            if h.operator == step and state in names_of(h)
+        }
+        return [meta for meta in newest.values() if meta is not None]
 
     def _check(self, step: str, state: str) -> None:
         _known(f"state of step {step!r}", state, self.states(step), repr(self))

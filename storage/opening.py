@@ -98,10 +98,7 @@ class StateReader:
 
     def _keys(self, handle: StateHandle, state: str) -> StateKeys:
         if handle.format == ARROW:
-            keys = self._store.key_columns(handle)
-            if keys is None:
-                return StateKeys()
-            return StateKeys(keys, self._store.read(handle, _NO_GROUPS).subkey_columns)
+            return self._store.keys(handle)
         table = _tables(handle)[state]
         names = tuple(table.keys.names)
         return StateKeys(names[: len(names) - table.subkeys], names[len(names) - table.subkeys :])
