@@ -14,8 +14,10 @@ from rich.table import Table
 from rayflow.cli.inspection import Verdict, only_job, open_jobs, resolve
 from rayflow.cli.inspection import verify as verified
 from rayflow.cli.options import as_json, print_json, storage_options
-from rayflow.core.manifest import Manifest, StateHandle, SubtaskSnapshot, encode
+from rayflow.core.ids import SubtaskId
+from rayflow.core.manifest import FileRef, Manifest, StateHandle, SubtaskSnapshot, encode
 from rayflow.storage.catalog import CheckpointInfo
+from rayflow.storage.snapshots import rows_that_count
 
 
 @click.group()
@@ -33,7 +35,7 @@ def list_(url: str, storage_options: dict[str, str], as_json: bool) -> None:
     if as_json:
         print_json([{"job": d.job, "url": d.url, "checkpoints": [_info_json(i) for i in infos]} for d, infos in found])
         return
-    table = _table("job", "checkpoint", "kind", "taken (UTC)", "size", "")
+    table = _table("job", "checkpoint", "kind", "taken (UTC)", "size", "uploaded", "")
     for directory, infos in found:
         for info in infos:
             table.add_row(
@@ -42,10 +44,11 @@ def list_(url: str, storage_options: dict[str, str], as_json: bool) -> None:
                 info.kind,
                 _moment(info.created_at),
                 _size(info.nbytes),
+                _size(info.uploaded_bytes),
                 _mark(info),
             )
         if not infos:
-            table.add_row(directory.job, "none", "", "", "", "")
+            table.add_row(directory.job, "none", "", "", "", "", "")
     _print(table)
 
 
@@ -66,15 +69,16 @@ def show(url: str, which: str, storage_options: dict[str, str], as_json: bool) -
         f"taken {_moment(manifest.created_at)}, attempt {manifest.attempt}, run {manifest.run_id}\n"
         f"{parallelism}; {manifest.max_parallelism} key groups"
     )
-    table = _table("subtask", "state rows", "size", "waited", "aligned", "frozen", "written", "splits", "to commit")
+    table = _table(
+        "subtask", "state rows", "size", "uploaded", "waited", "aligned", "frozen", "written", "splits", "to commit"
+    )
     for part in manifest.subtasks:
         table.add_row(*_subtask_row(part))
     _print(table)
-    states = [state for part in manifest.subtasks for state in part.states]
-    if states:
-        table = _table("state", "subtask", "rows", "key groups", "size", "file")
-        for state in states:
-            table.add_row(*_state_row(state))
+    if any(part.states for part in manifest.subtasks):
+        table = _table("state", "subtask", "pieces", "rows", "key groups", "size", "files")
+        for pieces in _by_state(manifest):
+            table.add_row(*_state_row(pieces))
         _print(table)
     splits = [(str(part.subtask), split) for part in manifest.subtasks for split in part.splits]
     if splits or manifest.pending_splits:
@@ -166,6 +170,7 @@ def _subtask_row(part: SubtaskSnapshot) -> Iterable[str]:
         str(part.subtask),
         f"{stats.rows:,}",
         _size(stats.nbytes),
+        _size(stats.uploaded_bytes),
         _ms(stats.start_delay_s),
         _ms(stats.alignment_s),
         _ms(stats.sync_s),
@@ -175,15 +180,33 @@ def _subtask_row(part: SubtaskSnapshot) -> Iterable[str]:
     )
 
 
-def _state_row(state: StateHandle) -> Iterable[str]:
+def _by_state(manifest: Manifest) -> list[list[StateHandle]]:
+    """The pieces of each state of each subtask, oldest first."""
+    found: dict[tuple[SubtaskId, str, str], list[StateHandle]] = {}
+    for part in manifest.subtasks:
+        for state in part.states:
+            found.setdefault((part.subtask, state.operator, state.name), []).append(state)
+    return list(found.values())
+
+
+def _state_row(pieces: list[StateHandle]) -> Iterable[str]:
+    first = pieces[0]
+    files = list(dict.fromkeys(_place(file) for piece in pieces for file in piece.files))
+    groups = {group for piece in pieces for group, _ in piece.group_rows}
+    shown = files[:3] or ["in the manifest"]
     return (
-        f"{state.operator}.{state.name}",
-        str(state.subtask),
-        f"{state.rows:,}",
-        str(len(state.group_rows)) if state.keyed else "",
-        _size(state.file.nbytes if state.file else len(state.inline or "")),
-        state.file.path if state.file else "in the manifest",
+        f"{first.operator}.{first.name}",
+        str(first.subtask),
+        str(len(pieces)),
+        f"{sum(map(rows_that_count, pieces)):,}",
+        str(len(groups)) if groups else "",
+        _size(sum(piece.nbytes for piece in pieces)),
+        ", ".join(shown) + (f" and {len(files) - 3} more" if len(files) > 3 else ""),
     )
+
+
+def _place(file: FileRef) -> str:
+    return file.path if file.root is None else f"{file.root}/{file.path}"
 
 
 def _info_json(info: CheckpointInfo) -> dict[str, object]:
@@ -193,6 +216,7 @@ def _info_json(info: CheckpointInfo) -> dict[str, object]:
         "kind": info.kind,
         "created_at": info.created_at,
         "nbytes": info.nbytes,
+        "uploaded_bytes": info.uploaded_bytes,
         "counts": info.counts,
         "problem": info.problem or None,
     }

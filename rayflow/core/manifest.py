@@ -49,7 +49,7 @@ class Section:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One record batch of an Arrow IPC file, to be read and checked by itself: its message, metadata and body."""
+    """One message of an Arrow IPC file, to be read and checked by itself: the schema, or a record batch."""
 
     first_row: int
     offset: int
@@ -82,7 +82,8 @@ class StateHandle:
     section: Section | None = None
     """Where in ``file`` the table stands; None: the file is the table."""
     blocks: tuple[Block, ...] = ()
-    """Ascending by ``first_row``. Empty: the table can only be read as a whole."""
+    """Ascending. The first is the head of the file, with the schema and no rows; each further one is a record batch.
+    Empty: the table can only be read as a whole."""
     groups: tuple[int, int] | None = None
     """Key groups [first, last + 1) of it that count; rows of others are not state. None: all that the writer's subtask
     owned. A file that was written before a rescale is named by several subtasks, each with its own groups."""
@@ -95,7 +96,8 @@ class StateHandle:
     """``append``: the state is the rows of all pieces. ``upsert``: a key has one row, the one in the last piece that
     has it, and none if that one says ``__deleted``."""
     format: str = "arrow"
-    """``arrow``, or ``rocksdb``: then ``parts`` are the files of a RocksDB checkpoint, ``meta`` tells its tables."""
+    """``arrow``, or ``rocksdb``: then ``parts`` are files of a RocksDB checkpoint, the rows of the table (``file``,
+    ``data``) are the others, ``rows`` counts those in the store, and ``meta`` tells its tables."""
     parts: tuple[tuple[str, FileRef], ...] = ()
     """(name inside the folder, file)."""
 
