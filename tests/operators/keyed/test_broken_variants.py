@@ -34,7 +34,7 @@ def newest_first(state: pa.RecordBatch, rows: pa.RecordBatch) -> dict[str, Any]:
     return {"t": rows.column("t"), "v": rows.column("v"), "f": state.column("f")}
 
 
-STEPS = {
+STEPS: dict[str, Any] = {
     "agg": RunningAggregate(keys=("k",), aggregates={"total": rf.sum("f"), "n": rf.count(), "hi": rf.max("v")}),
     "reduce": Reduce(keys=("k",), fn=newest_first),
     "deduplicate": Deduplicate(keys=("k",)),
