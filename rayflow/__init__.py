@@ -1,6 +1,8 @@
 """rayflow: a stateful, parallel dataflow engine for Python, exactly-once on Ray."""
 
+from rayflow.checkpoint import Checkpoint, read_checkpoint
 from rayflow.config import CheckpointConfig, JobConfig, Restart
+from rayflow.difference import StateDifference, diff
 from rayflow.errors import (
     ClusterError,
     CommitLostError,
@@ -42,6 +44,7 @@ __all__ = [
     "AggregatingState",
     "BroadcastProcess",
     "BroadcastState",
+    "Checkpoint",
     "CheckpointConfig",
     "ClusterError",
     "CommitLostError",
@@ -66,6 +69,7 @@ __all__ = [
     "Restart",
     "RestorePlan",
     "Source",
+    "StateDifference",
     "StateSchemaError",
     "StorageError",
     "Stream",
@@ -76,6 +80,7 @@ __all__ = [
     "coalesce",
     "col",
     "count",
+    "diff",
     "first",
     "from_arrow",
     "from_generator",
@@ -84,6 +89,7 @@ __all__ = [
     "max",
     "mean",
     "min",
+    "read_checkpoint",
     "read_csv",
     "read_json",
     "read_parquet",

@@ -35,6 +35,7 @@ STATE = {
     "ValueState",
 }  # fmt: skip
 SAVEPOINTS = {"RestorePlan", "rebucket", "restore_plan"}
+CHECKPOINTS = {"Checkpoint", "StateDifference", "diff", "read_checkpoint"}
 ERRORS = {
     "ClusterError", "CommitLostError", "ConfigError", "CorruptCheckpointError", "DataError", "FencedError",
     "JobCancelledError", "JobFailedError", "PlanError", "RayflowError", "StateSchemaError", "StorageError",
@@ -52,10 +53,14 @@ METHODS = {
     DeduplicatedStream: {"late"},
     WindowedStream: {"agg"},
     WindowResult: {"late"},
+    rf.Checkpoint: {"info", "meta", "schema", "states", "steps", "table"},
     rf.Flow: {"explain", "plan", "run", "submit", "to_mermaid"},
 }  # fmt: skip
 
-POSITIONAL_DEFAULTS = {"count": {"column"}, "Stream.take": {"n"}, "Stream.show": {"n"}, "JobResult.table": {"name"}}
+POSITIONAL_DEFAULTS = {
+    "count": {"column"}, "Stream.take": {"n"}, "Stream.show": {"n"}, "JobResult.table": {"name"},
+    "read_checkpoint": {"checkpoint"},
+}  # fmt: skip
 """The one argument that the name of the function speaks of; everything else is an option."""
 
 
@@ -73,7 +78,10 @@ def public_callables() -> Iterator[tuple[str, Callable[..., Any]]]:
 
 
 def test_names_are_those_promised() -> None:
-    assert set(rf.__all__) == SOURCES | EXPRESSIONS | AGGREGATES | RUNNING | STREAMS | STATE | SAVEPOINTS | ERRORS
+    assert (
+        set(rf.__all__)
+        == SOURCES | EXPRESSIONS | AGGREGATES | RUNNING | STREAMS | STATE | SAVEPOINTS | CHECKPOINTS | ERRORS
+    )
     assert len(rf.__all__) == len(set(rf.__all__))
     assert all(hasattr(rf, name) for name in rf.__all__)
 
