@@ -74,7 +74,8 @@ def frozen(operator: Operator, *, pieces: bool = True) -> list[RestoredState]:
 
 def _copied(schema: pa.Schema, batches: Iterable[pa.RecordBatch | pa.Table]) -> pa.Table:
     assert schema is not None
-    whole = pa.concat_tables([schema.empty_table(), *map(_as_table, batches)])
+    parts = [schema.empty_table(), *map(_as_table, batches)]
+    whole = pa.concat_tables(parts, promote_options="default")  # a piece may have a column of deletions
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, whole.schema) as writer:
         writer.write_table(whole)
