@@ -66,7 +66,13 @@ def subtasks_of(machine: CoordinatorMachine, plan: Plan) -> list[SubtaskInfo]:
     titles = {chain.id: chain.title for chain in plan.chains}
     return [
         SubtaskInfo(
-            titles[m.subtask.chain], m.subtask.index, m.pid, m.node, attempt=machine.attempt, state=m.state.value
+            titles[m.subtask.chain],
+            m.subtask.index,
+            m.pid,
+            m.node,
+            attempt=machine.attempt,
+            state=m.state.value,
+            metrics=dict(m.metrics),
         )
         for m in machine.subtasks.values()
     ]

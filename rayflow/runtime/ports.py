@@ -141,6 +141,9 @@ class SnapshotStore(Protocol):
     """Writes and reads named states; see `rayflow.storage.snapshots`. Called off the loop thread (write) or on it
     (read)."""
 
+    bytes_read: int
+    """From storage, by `read` and what it returned, in all."""
+
     def write(
         self,
         checkpoint: CheckpointId,

@@ -26,6 +26,8 @@ class SubtaskInfo:
     node: str
     attempt: int
     state: str
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """What it counts in this attempt, at most a second old: ``rows_in``, ``rows_out``, ``restored_bytes`` …"""
 
 
 @dataclass(frozen=True, slots=True)

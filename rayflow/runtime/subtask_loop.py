@@ -124,6 +124,8 @@ class SubtaskRuntime:
         self._source_due = 0.0
         self._broken: tuple[float, str] | None = None
         self._restored_from: CheckpointId | None = None
+        self._restored_bytes = 0
+        self._restore_s = 0.0
 
     # --------------------------------------------------------------------------------------------------------- events
 
@@ -240,12 +242,15 @@ class SubtaskRuntime:
         if self.phase is not Phase.READY:
             raise ProtocolError(f"{self.subtask} was launched while {self.phase.value}")
         self._restored_from = launch.restored_from
+        began, read = self._host.now(), self._store.bytes_read
         parts = Parts(self._spec, self.subtask, self.attempt, now=self._host.now, wall_time=self._host.wall_time)
         self._scratch = parts.scratch
         self._uploads = parts.uploads(self._store, launch.states)
         self._emitter = parts.emitter(self._offer)
         self._chain = parts.chain(self._emitter)
         self._chain.open(parts.states(launch.states, self._store))
+        self._restored_bytes = self._store.bytes_read - read
+        self._restore_s = self._host.now() - began
         self._source = parts.source()
         self._host.connect(self.attempt, {c: launch.addresses[c.target] for c in parts.outputs})
         self.phase = Phase.RUNNING
@@ -383,6 +388,9 @@ class SubtaskRuntime:
             "rows_in": self._rows_in,
             "rows_out": self._emitter.rows_out if self._emitter else 0,
         }
+        if self._restored_from is not None:
+            found["restored_bytes"] = self._restored_bytes
+            found["peak_restore_s"] = self._restore_s
         if self._machine is not None:
             found["peak_in_flight_bytes"] = self._machine.peak_in_flight
         if self._chain is not None:

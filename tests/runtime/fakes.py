@@ -189,6 +189,7 @@ class KeptStates:
 
     def __init__(self) -> None:
         self.tables: dict[str, FrozenTable] = {}
+        self.bytes_read = 0
         self.error: Exception | None = None
 
     def write(
