@@ -179,6 +179,11 @@ class SnapshotStore:
                 )
             start = max(rows.start - block.first_row, 0)
             kept.append(batch.slice(start, min(rows.stop, end) - block.first_row - start))
+        found = sum(batch.num_rows for batch in kept)
+        if found != max(0, rows.stop - rows.start):
+            raise CorruptCheckpointError(
+                f"{where} has {found} of the {rows.stop - rows.start} rows that its manifest says; use an earlier one"
+            )
         return pa.Table.from_batches(kept, schema)
 
     def _block_views(self, handle: StateHandle, blocks: Sequence[Block], where: str) -> Iterable[memoryview]:
