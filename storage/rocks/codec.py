@@ -16,7 +16,7 @@ forms
 dictionary                             as its values
 extension                              as its storage
 all others (list, struct, map, ...)    as binary: one Arrow IPC record batch message of one row and one column, without
-                                       the schema. Slow: a few thousand rows a second less than a tenth of the others
+                                       the schema. Slow: one row at a time, some 30 thousand a second
 =====================================  =================================================================================
 
 Every column tells its own end, so the encoding is injective, and that of the first columns is a prefix of that of all.
@@ -46,7 +46,8 @@ AnyArray = npt.NDArray[Any]
 _types = pa.types
 _LENGTH: Final = ">u4"
 
-assert sys.byteorder == "little", "Arrow buffers are read as they are in memory"
+if sys.byteorder != "little":
+    raise ImportError("local state reads Arrow's buffers as they are in memory, which must be little-endian")
 
 
 @dataclass(frozen=True, slots=True)
