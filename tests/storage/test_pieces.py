@@ -18,9 +18,10 @@ from rayflow.core.manifest import FileRef, StateHandle
 from rayflow.core.restore import clip
 from rayflow.errors import ConfigError, CorruptCheckpointError, ProtocolError, StorageError
 from rayflow.operators.base import FolderFile, FrozenFolder, FrozenState, FrozenTable, Piece, new_piece
+from rayflow.storage.arrow_files import checksum
 from rayflow.storage.faults import flipped
 from rayflow.storage.reuse import Reuse, Written
-from rayflow.storage.snapshots import SnapshotStore, checksum, rows_that_count
+from rayflow.storage.snapshots import SnapshotStore, rows_that_count
 from rayflow.storage.store import MemoryStore, Store
 
 G = 128
