@@ -16,7 +16,16 @@ from rich.table import Table
 
 from benchmarks.figures import Figure, parse
 
-MODULES = ("window_vs_duckdb", "exchange", "recovery", "credit_bound", "memory_flat", "kill_runs", "simulator")
+MODULES = (
+    "window_vs_duckdb",
+    "running_sum",
+    "exchange",
+    "recovery",
+    "credit_bound",
+    "memory_flat",
+    "kill_runs",
+    "simulator",
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -135,14 +135,20 @@ class RunningOperator(KeyedOperator):
         order = pa.array(segments.order)
         counts = count(segments, table, ROWS, None) if plan.counted else None
         times = self._times(batch, segments, counts)
-        chosen = segments.inverse() if self._factory.emit == "every" else self._last_rows(segments)
+        every = self._factory.emit == "every"
+        chosen = segments.inverse() if every else self._last_rows(segments)
         places = pa.array(chosen)
-        rows = pa.array([] if counts is None else counts[chosen], pa.int64())
+        rows = pa.array([] if counts is None else counts, pa.int64())
         columns = self._passed(batch, segments, chosen)
         for aggregate, bound, scan in zip(values, plan.bounds, plan.scans, strict=True):
             column = rows if aggregate is None else flat(aggregate).take(order)
             parts = scan.advance(segments, table, column, times)
-            columns.append(bound.finalise([part.take(places) for part in parts], rows))
+            if every:
+                columns.append(bound.finalise(parts, rows).take(places))
+            else:
+                # A sum that does not fit matters only where it goes out.
+                here = rows.take(places) if counts is not None else rows
+                columns.append(bound.finalise([part.take(places) for part in parts], here))
         table.touch(segments.heads)
         return [(pa.RecordBatch.from_arrays(columns, schema=plan.output), MAIN)]
 
