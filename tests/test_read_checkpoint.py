@@ -289,3 +289,48 @@ def test_diff_of_a_state_that_only_one_has(tmp_path: Path) -> None:
     assert [(d.added, d.removed) for d in diff(old, new)] == [(2, 0)]
     assert [(d.added, d.removed) for d in diff(new, old)] == [(0, 2)]
     assert diff(old, new, step="other") == []
+
+
+# -------------------------------------------------------------------------------------------------------------- rocksdb
+
+
+def sums(url: Path, state: str) -> Checkpoint:
+    rows = pa.table({"k": pa.array(np.arange(2_000) % 300), "v": pa.array(np.arange(2_000))})
+    flow = rf.Flow("sums", rf.from_arrow(rows, batch_rows=100).key_by("k").agg(total=rf.sum("v")).collect())
+    config = rf.JobConfig(state=state)  # type: ignore[arg-type]
+    flow.run(local=True, parallelism=2, config=config, checkpoints=rf.CheckpointConfig(str(url), interval="1h"))
+    return read_checkpoint(str(url))
+
+
+def test_state_on_local_disk_looks_like_any_other(tmp_path: Path) -> None:
+    fs, rocks = sums(tmp_path / "fs", "fs"), sums(tmp_path / "rocks", "rocksdb")
+    step = next(step for step in fs.steps() if step.startswith("agg"))
+    (state,) = fs.states(step)
+    assert rocks.states(step) == [state]
+    assert (fs.info(step, state).format, rocks.info(step, state).format) == ("arrow", "rocksdb")
+    assert rocks.info(step, state).keys == fs.info(step, state).keys
+    assert rocks.schema(step, state).equals(fs.schema(step, state))
+    assert rocks.table(step, state).num_rows == 300
+    assert rocks.table(step, state).sort_by("k").equals(fs.table(step, state).sort_by("k"))
+    (found,) = [d for d in diff(fs, rocks) if d.step == step]
+    assert (found.same, found.added, found.removed, found.changed) == (300, 0, 0, 0)
+
+
+def test_key_groups_of_state_on_local_disk(tmp_path: Path) -> None:
+    rocks = sums(tmp_path, "rocksdb")
+    step = next(step for step in rocks.steps() if step.startswith("agg"))
+    (state,) = rocks.states(step)
+    part = rocks.table(step, state, key_groups=range(10, 70))
+    groups = key_groups(hash_columns([rocks.table(step, state)["k"]]), 128)
+    assert part.num_rows == int(((groups >= 10) & (groups < 70)).sum())
+
+
+def test_a_damaged_file_of_state_on_local_disk_is_named(tmp_path: Path) -> None:
+    rocks = sums(tmp_path, "rocksdb")
+    step = next(step for step in rocks.steps() if step.startswith("agg"))
+    path = next((tmp_path / "sums" / "shared").glob("*.sst"))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CorruptCheckpointError, match=f"{path.name}.*checksum"):
+        rocks.table(step, rocks.states(step)[0])
