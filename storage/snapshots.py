@@ -38,7 +38,7 @@ from rayflow.storage.folders import restored_folder
 from rayflow.storage.merging import StateKeys, keys_of
 from rayflow.storage.reuse import Reuse, Written
 from rayflow.storage.store import Store
-from rayflow.storage.writing import METADATA, SubtaskWriter
+from rayflow.storage.writing import METADATA, SHARED_BYTES_MIN, SubtaskWriter
 
 MEMORY_STATE_BYTES_MAX: Final = 64 * 1024 * 1024
 """Inline state of one job that its coordinator holds with ``state="memory"``, as base64."""
@@ -54,6 +54,7 @@ class SnapshotStore:
 
     ``inline_max_bytes``: a table whose file is not larger goes into its handle, and so into the manifest: one object
     less for each small state. None puts every table there (``state="memory"``), and ``store`` is not touched.
+    ``shared_min_bytes``: pieces whose file is smaller lie in the object of their checkpoint.
     ``open_root`` opens the directory of a savepoint, by its URL; None: with the options of ``store``.
     """
 
@@ -63,11 +64,13 @@ class SnapshotStore:
         max_parallelism: int,
         inline_max_bytes: int | None = 4096,
         *,
+        shared_min_bytes: int = SHARED_BYTES_MIN,
         open_root: OpenRoot | None = None,
     ) -> None:
         self._store = store
         self._max_parallelism = max_parallelism
         self._inline_max_bytes = inline_max_bytes
+        self._shared_min_bytes = shared_min_bytes
         self._open_root = open_root or opener_of(store)
         self._roots: dict[str, Store] = {}
         self.bytes_read = 0
@@ -93,6 +96,7 @@ class SnapshotStore:
             parallelism,
             max_parallelism=self._max_parallelism,
             inline_max_bytes=self._inline_max_bytes,
+            shared_min_bytes=self._shared_min_bytes,
             reuse=reuse or Reuse(),
         )
         for operator, state in states:

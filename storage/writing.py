@@ -39,6 +39,7 @@ class SubtaskWriter:
         *,
         max_parallelism: int,
         inline_max_bytes: int | None,
+        shared_min_bytes: int = SHARED_BYTES_MIN,
         reuse: Reuse,
     ) -> None:
         self._store = store
@@ -47,6 +48,7 @@ class SubtaskWriter:
         self._parallelism = parallelism
         self._max_parallelism = max_parallelism
         self._inline_max_bytes = inline_max_bytes
+        self._shared_min_bytes = shared_min_bytes
         self._reuse = reuse
         self._handles: list[StateHandle] = []
         self._pack: list[bytes] = []
@@ -156,7 +158,7 @@ class SubtaskWriter:
         if self._inline_max_bytes is None or len(data) <= self._inline_max_bytes:
             self._handles.append(replace(handle, inline=base64.b64encode(data).decode("ascii")))
             return
-        if shared is not None and len(data) >= SHARED_BYTES_MIN:
+        if shared is not None and len(data) >= self._shared_min_bytes:
             self._handles.append(replace(handle, file=self._put(shared, data), blocks=encoded.blocks))
             return
         padding = bytes(-self._pack_nbytes % _ALIGNMENT)

@@ -127,7 +127,10 @@ class SimWorld(World):
             spec,
             settings,
             checkpoints=self._open_checkpoints(),
-            snapshots=SnapshotStore(self.store, plan.max_parallelism, inline_max_bytes=inline_max_bytes),
+            # Every piece that is not inline is an object of its own here: those are what retention must not lose.
+            snapshots=SnapshotStore(
+                self.store, plan.max_parallelism, inline_max_bytes=inline_max_bytes, shared_min_bytes=1
+            ),
             retain=retain,
         )
         self._draw_schedule()
