@@ -59,7 +59,9 @@ class Reduce:
     def columns(self, schema: pa.Schema) -> tuple[pa.Schema, pa.Schema]:
         """(key columns, all others) as they are kept."""
         keys = key_schema(schema, self.keys)
-        values = pa.schema([(f.name, f.type) for f in schema if f.name not in self.keys])
+        # Dictionaries differ from batch to batch, so their values are kept.
+        kinds = [(f.name, f.type.value_type if pa.types.is_dictionary(f.type) else f.type) for f in schema]
+        values = pa.schema([(name, kind) for name, kind in kinds if name not in self.keys])
         if not len(values):
             raise PlanError(f"reduce needs columns beside the keys, got only {schema.names}")
         return keys, values
@@ -107,7 +109,7 @@ class ReduceOperator(KeyedOperator):
         place[np.concatenate(rows)] = np.arange(batch.num_rows)
         last = pa.array(place[segments.order[segments.ends[by_length]]])
         for name in self._values.names:
-            table.set(slots, name, flat(results.column(name)).take(last))
+            table.set(slots, name, flat(results.column(name)).take(last).cast(self._values.field(name).type))
         (out,) = results.take(pa.array(place)).combine_chunks().to_batches()
         return [(out, MAIN)]
 
@@ -116,9 +118,11 @@ class ReduceOperator(KeyedOperator):
         old = np.flatnonzero(known)
         if len(old) == 0:
             return rows
-        stored = {name: self._table.get(slots[old], name) for name in self._values.names}
         mine = rows.take(pa.array(old))
-        state = [mine.column(f.name) if f.name in self.keys else stored[f.name] for f in self._rows]
+        state = [
+            mine.column(f.name) if f.name in self.keys else self._table.get(slots[old], f.name).cast(f.type)
+            for f in self._rows
+        ]
         reduced = self._call(pa.RecordBatch.from_arrays(state, schema=self._rows), mine)
         if len(old) == rows.num_rows:
             return reduced

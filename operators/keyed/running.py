@@ -51,7 +51,8 @@ class RunningAggregate:
     the stream happens to be cut, but not what they say.
 
     Aggregates, their types and their treatment of nulls are those of windows. ``first`` and ``last`` go by event time
-    and, without one, by the order in which rows come. Late rows count like all others.
+    and, without one, by the order in which rows come. Late rows count like all others. An aggregate that a restored
+    state does not have begins with the first row after the restore.
     """
 
     keys: tuple[str, ...]
