@@ -20,13 +20,19 @@ def merge_of(reduce: str | Callable[[Any, Any], Any], kind: pa.DataType, *, vect
     if isinstance(reduce, str):
         return _KNOWN[reduce]
     if vectorized:
-        return lambda a, b: as_array(reduce(a, b), kind)
+        return lambda a, b: _as_many(as_array(reduce(a, b), kind), len(a))
     return lambda a, b: pa.array([reduce(x, y) for x, y in zip(a.to_pylist(), b.to_pylist(), strict=True)], kind)
 
 
 def as_array(values: Any, kind: pa.DataType) -> pa.Array:
     found = flat(values) if isinstance(values, pa.Array | pa.ChunkedArray) else pa.array(values, kind)
     return found if found.type.equals(kind) else found.cast(kind)
+
+
+def _as_many(found: pa.Array, rows: int) -> pa.Array:
+    if len(found) != rows:
+        raise ValueError(f"the function gave {len(found)} values for {rows}; give one for each")
+    return found
 
 
 def _add(a: pa.Array, b: pa.Array) -> pa.Array:
