@@ -116,6 +116,21 @@ def test_steps_go_on_from_a_checkpoint_as_if_nothing_had_happened(
     assert sorted(result.table().to_pylist(), key=repr) == _expected(query, data)
 
 
+@pytest.mark.parametrize("step", STEPS)
+def test_steps_equal_duckdb_with_state_larger_than_memory(step: str, tmp_path: Path) -> None:
+    """Far more keys than fit in the bound; those that are not in memory come from disk."""
+    build, query = STEPS[step]
+    data = _data(100_000, keys=50_000)
+    stream = rf.from_arrow(data, event_time="t", max_delay="0s", batch_rows=5_000).key_by("k")
+    result = rf.Flow("large", build(stream).collect()).run(
+        local=True,
+        progress=False,
+        checkpoints=rf.CheckpointConfig(str(tmp_path / "checkpoints"), interval="100ms"),
+        config=rf.JobConfig(state="rocksdb", state_memory_bytes=1024 * 1024),
+    )
+    assert sorted(result.table().to_pylist(), key=repr) == _expected(query, data)
+
+
 def test_event_time_goes_on_behind_running_aggregates() -> None:
     """A window over them fires, with the last total of each key in it."""
     data = _data(1_000, keys=3)
@@ -131,18 +146,37 @@ def _pairs(data: pa.Table) -> list[tuple[int, Any]]:
     return list(zip(data.column("k").to_pylist(), data.column("v").to_pylist(), strict=True))
 
 
-def test_deduplicate_within_forgets_by_event_time_and_gives_late_rows_out() -> None:
-    data = _data(2_000, keys=50)
-    step = _stream(data).deduplicate(within="100s")
-    flow = rf.Flow("within", step.collect(name="passed"), step.late.collect(name="late"))
-    result = flow.run(parallelism=2, local=True, progress=False)
+def _passing(data: pa.Table, within_s: int) -> list[int]:
     last: dict[int, int] = {}
-    wanted = []
+    found = []
     for at, key in enumerate(data.column("k").to_pylist()):
-        if key not in last or at >= last[key] + 100:
+        if key not in last or at >= last[key] + within_s:
             last[key] = at
-            wanted.append(at)
-    assert sorted(result.table("passed").column("row").to_pylist()) == wanted
+            found.append(at)
+    return found
+
+
+@pytest.mark.parametrize("state", BACK_ENDS)
+@pytest.mark.parametrize("parallelism", [1, 2])
+def test_deduplicate_within_goes_on_from_a_checkpoint(
+    state: Literal["memory", "fs", "rocksdb"], parallelism: int, tmp_path: Path
+) -> None:
+    """Keys are forgotten as event time goes on; no row is late in order of time."""
+    data = _data(6_000, keys=50)
+    failing = _stream(data).map_batches(
+        FailsOnce, fn_constructor_args=(str(tmp_path / "failed"), 2_000), schema=data.schema
+    )
+    step = failing.key_by("k").deduplicate(within="100s")
+    flow = rf.Flow("within", step.collect(name="passed"), step.late.collect(name="late"))
+    result = flow.run(
+        parallelism=parallelism,
+        local=True,
+        progress=False,
+        checkpoints=rf.CheckpointConfig(str(tmp_path / "checkpoints"), interval="1ms", min_pause="0s"),
+        config=rf.JobConfig(state=state, restart=rf.Restart.fixed(delay="0s")),
+    )
+    assert (tmp_path / "failed").exists()
+    assert sorted(result.table("passed").column("row").to_pylist()) == _passing(data, 100)
     assert result.table("late").num_rows == 0
 
 
