@@ -21,7 +21,7 @@ from rayflow.errors import (
 from rayflow.expressions import Expr, coalesce, col, lit, when
 from rayflow.flow import Flow, attach
 from rayflow.operators.aggregates import count, first, last, max, mean, min, stddev, sum
-from rayflow.operators.base import Source
+from rayflow.operators.base import FrozenState, FrozenTable, SinkOperator, Source
 from rayflow.operators.process import BroadcastProcess, KeyedProcess
 from rayflow.operators.state.declared import (
     AggregatingState,
@@ -54,6 +54,8 @@ __all__ = [
     "Expr",
     "FencedError",
     "Flow",
+    "FrozenState",
+    "FrozenTable",
     "JobCancelledError",
     "JobConfig",
     "JobFailedError",
@@ -68,6 +70,7 @@ __all__ = [
     "ReducingState",
     "Restart",
     "RestorePlan",
+    "SinkOperator",
     "Source",
     "StateDifference",
     "StateSchemaError",

@@ -18,7 +18,7 @@ from rayflow.errors import PlanError
 from rayflow.expressions import Expr, as_expr
 from rayflow.graph import FORWARD, MAIN_TAG, Exchange, Input, Node, caller_location
 from rayflow.operators.aggregates import Aggregate
-from rayflow.operators.base import EventTime
+from rayflow.operators.base import EventTime, SinkFactory
 from rayflow.operators.sinks.collect import CollectSink
 from rayflow.operators.sinks.parquet import ParquetSink
 from rayflow.operators.sinks.printing import PrintSink
@@ -266,6 +266,21 @@ class Stream:
     def collect(self, *, name: str | None = None) -> Sink:
         """Rows come back in `JobResult.table`; exactly-once, because they are part of the job's state."""
         return self._sink("collect", CollectSink(), name=name)
+
+    def write(self, sink: SinkFactory, *, name: str | None = None) -> Sink:
+        """A sink of your own: ``sink.build()`` gives an operator (derive it from `rf.SinkOperator`) in every subtask.
+
+        What `snapshot` returns as `rf.FrozenTable` comes back in `restore`: with ``spread="list"`` its rows are dealt
+        out over the subtasks when the parallelism has changed, with ``"union"`` every subtask gets the rows of all.
+        ``sink`` is immutable and picklable; ``sink.committer()`` is None or makes prepared output visible (S1).
+        """
+        missing = [part for part in ("build", "committer", "stateful") if not hasattr(sink, part)]
+        if missing:
+            raise PlanError(
+                f"step 'write' ({caller_location()}): a sink needs build(), committer() and stateful, "
+                f"{type(sink).__name__} has no {missing[0]}"
+            )
+        return self._sink("write", sink, detail=type(sink).__name__, name=name)
 
     def print(self, *, limit: int | None = None, name: str | None = None) -> Sink:
         """Print rows as they come (at least once)."""

@@ -31,8 +31,8 @@ AGGREGATES = {"count", "first", "last", "max", "mean", "min", "stddev", "sum"}
 RUNNING = {"CheckpointConfig", "Flow", "JobConfig", "JobResult", "JobStatus", "Restart", "SubtaskInfo", "attach"}
 STREAMS = {"KeyedStream", "Stream", "tumbling"}
 STATE = {
-    "AggregatingState", "BroadcastProcess", "BroadcastState", "KeyedProcess", "ListState", "MapState", "ReducingState",
-    "ValueState",
+    "AggregatingState", "BroadcastProcess", "BroadcastState", "FrozenState", "FrozenTable", "KeyedProcess", "ListState",
+    "MapState", "ReducingState", "SinkOperator", "ValueState",
 }  # fmt: skip
 SAVEPOINTS = {"RestorePlan", "rebucket", "restore_plan"}
 CHECKPOINTS = {"Checkpoint", "StateDifference", "diff", "read_checkpoint"}
@@ -45,7 +45,8 @@ ERRORS = {
 METHODS = {
     rf.Stream: {
         "broadcast", "collect", "drop", "filter", "flat_map", "key_by", "map", "map_batches", "print", "rebalance",
-        "rename", "select", "show", "take", "to_arrow", "union", "with_columns", "with_event_time", "write_parquet",
+        "rename", "select", "show", "take", "to_arrow", "union", "with_columns", "with_event_time", "write",
+        "write_parquet",
     },
     rf.KeyedStream: {"agg", "connect", "deduplicate", "process", "reduce", "top", "window"},
     ProcessResult: {"side"},
