@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,10 @@ import pytest
 import rayflow as rf
 from rayflow.core import manifest as manifest_module
 from rayflow.partition import hash_columns, key_groups
-from tests.test_read_checkpoint import by_hand
+from rayflow.storage.filesystem import ObjectStore
+from rayflow.storage.savepoint_copy import write_savepoint
+from rayflow.storage.snapshots import SnapshotStore
+from tests.test_read_checkpoint import by_hand, expected
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "checkpoint-format.md"
 TEXT = PAGE.read_text(encoding="utf-8")
@@ -77,9 +81,9 @@ def test_the_reader_of_the_page_reads_every_state_of_a_run_as_rayflow_does(tmp_p
         for step in own.steps():
             for state in own.states(step):
                 found = page["read_state"](folder.parent, manifest, step, state)
-                expected = own.table(step, state)
-                assert found.schema.equals(expected.schema), (step, state)
-                assert as_rows(found) == as_rows(expected), (folder.name, step, state)
+                theirs = own.table(step, state)
+                assert found.schema.equals(theirs.schema), (step, state)
+                assert as_rows(found) == as_rows(theirs), (folder.name, step, state)
         for part in manifest["subtasks"]:
             for handle in part["states"]:
                 modes.add(handle["mode"])
@@ -151,8 +155,8 @@ def test_the_hash_of_the_page_is_that_of_the_engine() -> None:
     for total in (1, 7, 128):
         for columns in ([numbers], [texts], [numbers, texts], [texts, numbers]):
             arrays = [pa.array(c, pa.int64() if c is numbers else pa.string()) for c in columns]
-            expected = key_groups(hash_columns(arrays), total).tolist()
-            assert [names["key_group"](row, total) for row in zip(*columns, strict=True)] == expected
+            groups = key_groups(hash_columns(arrays), total).tolist()
+            assert [names["key_group"](row, total) for row in zip(*columns, strict=True)] == groups
 
 
 def test_every_field_of_the_manifest_is_in_the_page(tmp_path: Path) -> None:
@@ -181,3 +185,74 @@ def test_every_file_name_of_the_layout_is_in_the_page() -> None:
     for path in paths:
         head = path.replace("<chain>", "*").split("/")[0]
         assert head in plain, path
+
+
+def test_a_rocksdb_folder_can_be_decoded_by_the_page(tmp_path: Path) -> None:
+    """Keys and values of a real folder, byte by byte as section 6 says, with RocksDB and Arrow alone."""
+    import base64
+
+    from rocksdict import AccessType, Options, Rdict
+
+    run_flow(tmp_path, "rocksdb")
+    root = tmp_path / "formatted"
+    page = reader()
+    last = max(path for path in root.glob("chk-*/manifest.json"))
+    manifest = page["read_manifest"](last)
+    found: dict[str, list[Any]] = {}
+    for part in manifest["subtasks"]:
+        for number, handle in enumerate(h for h in part["states"] if h["format"] == "rocksdb"):
+            folder = tmp_path / f"{part['chain']}-{part['index']}-{number}"
+            folder.mkdir()
+            for name, file in handle["parts"]:
+                (folder / name).write_bytes(
+                    page["checked"]((root / file["path"]).read_bytes(), file["nbytes"], file["checksum"])
+                )
+            small, _ = page["read_piece"](root, manifest, {**handle, "format": "arrow", "keyed": False})
+            for row in small.to_pylist():
+                (folder / row["file"]).write_bytes(row["data"])
+            (table,) = handle["meta"]["tables"]
+            keys, *versions = (
+                pa.ipc.read_schema(pa.py_buffer(base64.b64decode(text))) for text in (table["keys"], *table["versions"])
+            )
+            assert (keys.types, table["subkeys"]) == ([pa.string()], 0)
+            values = versions[table["current"]]
+            database = Rdict(str(folder), Options(raw_mode=True), access_type=AccessType.read_only())
+            for key, value in database.items():
+                assert isinstance(key, bytes)
+                assert isinstance(value, bytes)
+                group, number_of_table, length = int.from_bytes(key[:2], "big"), key[2], int.from_bytes(key[3:7], "big")
+                text = key[7:].decode()
+                assert (number_of_table, length) == (table["number"], len(key) - 7 + 1)
+                assert group == key_groups(hash_columns([pa.array([text])]), manifest["max_parallelism"])[0]
+                assert value[0] == table["current"]
+                row, at = [], 1
+                for kind in values.types:
+                    assert pa.types.is_signed_integer(kind)
+                    end = at + 1 + kind.bit_width // 8
+                    row.append(int.from_bytes(value[at + 1 : end], "little", signed=True) if value[at] else None)
+                    at = end
+                assert at == len(value)
+                found[text] = row
+            database.close()
+    own = rf.read_checkpoint(str(root))
+    step = next(s for s in own.steps() if s.startswith("agg"))
+    theirs = own.table(step, own.states(step)[0])
+    assert {row[0]: list(row[1:]) for row in as_rows(theirs)} == found
+    assert len(found) == 500
+
+
+def test_a_savepoint_is_read_by_the_page_wherever_it_is(tmp_path: Path) -> None:
+    written = by_hand(tmp_path / "job")
+    store = ObjectStore(str(tmp_path / "job"))
+    write_savepoint(written, SnapshotStore(store, written.max_parallelism), str(tmp_path / "saved"))
+    shutil.rmtree(tmp_path / "job")
+    shutil.move(tmp_path / "saved", tmp_path / "moved")
+    page = reader()
+    manifest = page["read_manifest"](tmp_path / "moved" / "manifest.json")
+    assert manifest["kind"] == "savepoint"
+    handles = [handle for part in manifest["subtasks"] for handle in part["states"]]
+    assert all(handle["groups"] for handle in handles if handle["keyed"])
+    assert all(set(handle["file"] or {}) <= {"path", "nbytes", "checksum"} for handle in handles)
+    found = page["read_state"](tmp_path / "moved", manifest, "agg-1", "values")
+    assert dict(zip(found["k"].to_pylist(), found["v"].to_pylist(), strict=True)) == expected()
+    assert rf.read_checkpoint(str(tmp_path / "moved")).table("agg-1", "values").num_rows == len(expected())

@@ -48,9 +48,8 @@ def test_explain_blames_the_longest_phase_of_the_slowest_subtask(
     told = sentences(replace(manifest, subtasks=(first, slow)))
     assert "the slowest subtask was chain[1] with 3 s" in told[1]
     assert words in told[2]
-    assert (
-        any("state is uneven: chain[1] has 10 MB" in sentence for sentence in told) is False
-    )  # twice the mean, not more
+    # Twice the mean is what two subtasks can always come to.
+    assert not any("state is uneven" in sentence for sentence in told)
     third = replace(first, subtask=replace(first.subtask, index=2))
     assert any("state is uneven" in s for s in sentences(replace(manifest, subtasks=(first, slow, third))))
 
