@@ -15,6 +15,7 @@ PROVES = {
     "generator.py": "every row of both splits came out exactly once",
     "hello.py": "3 rows, as counted by hand",
     "late_rows.py": "every report is in exactly one of the two outputs",
+    "unpaid.py": "every order that was not paid in time was told exactly once",
 }
 
 
