@@ -15,7 +15,7 @@ from rayflow.core.ids import Attempt, CheckpointId, SubtaskId
 from rayflow.core.keygroups import key_group_range
 from rayflow.core.manifest import Manifest, SnapshotStats, StateHandle, SubtaskSnapshot
 from rayflow.core.restore import clip, states_for
-from rayflow.errors import ProtocolError, StorageError
+from rayflow.errors import CorruptCheckpointError, ProtocolError, StorageError
 from rayflow.operators.base import (
     FolderFile,
     FrozenFolder,
@@ -30,7 +30,7 @@ from rayflow.partition import hash_columns, key_groups
 from rayflow.runtime.assembly import JobSpec, Parts
 from rayflow.runtime.ports import Nothing
 from rayflow.runtime.uploads import Uploads
-from rayflow.storage.layout import parse_checkpoint, parse_shared
+from rayflow.storage.layout import parse_checkpoint, parse_shared, shared_prefix
 from rayflow.storage.reuse import Reuse
 from rayflow.storage.snapshots import SnapshotStore
 from rayflow.storage.store import MemoryStore
@@ -139,6 +139,40 @@ def test_late_news_does_not_cost_the_rows() -> None:
 def test_rows_that_are_gone_without_a_file_that_is_known_end_the_job() -> None:
     with pytest.raises(ProtocolError, match="would be lost"):
         Subtask(MemoryStore()).upload(1, Piece("x", (), transient=True))
+
+
+class NamesWhatMayBeAborted(Uploads):
+    """Broken on purpose (rule C7): takes what it has written for complete."""
+
+    def upload(self, checkpoint, frozen, splits, stats, now):  # type: ignore[no-untyped-def]
+        snapshot = super().upload(checkpoint, frozen, splits, stats, now)
+        self._complete = Reuse.of(snapshot.states)
+        return snapshot
+
+
+def rows_after_an_abort(uploads_type: type[Uploads]) -> int:
+    """Checkpoint 2 of three is aborted, and its files are deleted."""
+
+    class Mine(Subtask):
+        pass
+
+    Mine.uploads_type = uploads_type
+    me, a, b = Mine(MemoryStore()), piece(0), piece(100_000)
+    me.upload(1, a)
+    me.complete(1)
+    me.upload(2, a, b)
+    me.store.delete_prefix(shared_prefix(2))
+    third = me.upload(3, a, b)
+    return sum(SnapshotStore(me.store, G).read(handle).table.num_rows for handle in third.states)
+
+
+def test_an_aborted_checkpoint_in_between_costs_nothing() -> None:
+    assert rows_after_an_abort(Uploads) == 40_000
+
+
+def test_naming_what_may_be_aborted_is_caught() -> None:
+    with pytest.raises(CorruptCheckpointError, match="shared/00000002-.* is missing"):
+        rows_after_an_abort(NamesWhatMayBeAborted)
 
 
 # -------------------------------------------------------------------------------------------- restoring and rescaling
