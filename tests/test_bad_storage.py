@@ -293,7 +293,7 @@ def test_a_flipped_byte_in_a_state_file(go_on: str, place: Place, monkeypatch: p
         stream = broken_off(place, broken)
     broken[0] = False
     manifest, all_of_them = newest_manifest(place)
-    path = min(manifest.parent.glob("*.arrow"))
+    path = min(manifest.parent.glob("*.arrows"))
     good = flip(path)
     before = place.storage()
     previous = int(all_of_them[0].parent.name.removeprefix("chk-"))
