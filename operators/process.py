@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import pyarrow as pa
 
@@ -27,6 +27,7 @@ from rayflow.operators.base import MAIN, Operator, OperatorContext
 from rayflow.operators.event_time import check_event_time
 from rayflow.operators.process_context import BatchContext, KeyContext
 from rayflow.operators.state.declared import (
+    TIMERS,
     BroadcastState,
     check_names,
     declared_states,
@@ -34,6 +35,10 @@ from rayflow.operators.state.declared import (
     table_schemas,
 )
 from rayflow.operators.state.timers import timer_schema
+
+KEYS: Final = "__keys"
+"""Operator state without rows: its schema is that of the keys, so that timers can be restored before the first row;
+its meta is the next position of list elements."""
 
 
 class KeyedProcess:
@@ -136,14 +141,18 @@ class Process:
         return self.description.side_outputs.get(tag)
 
     def state_schemas(self, schema: pa.Schema | None) -> Mapping[str, pa.Schema] | None:
-        """Keyed states by name as they are frozen; None where the key types are not known."""
+        """States by name as they are frozen; None where the key types are not known."""
         schema = schema if schema is not None else self.schema
         if schema is None or any(key not in schema.names for key in self.keys):
             return None
         keys = key_schema(schema, self.keys)
         tables = table_schemas(type(self.description), keys)
         found = {name: pa.schema([*key, *value]) for name, (key, value, _) in tables.items()}
-        return found | {"timers": timer_schema(keys)}
+        declared = declared_states(type(self.description))
+        shared = {
+            name: pa.schema(state.columns) for name, state in declared.items() if isinstance(state, BroadcastState)
+        }
+        return found | shared | {TIMERS: timer_schema(keys), KEYS: keys}
 
     def build(self) -> Operator:
         from rayflow.operators.process_broadcast import BroadcastOperator
@@ -211,4 +220,4 @@ def declared_output(description: KeyedProcess, schema: pa.Schema | None) -> pa.S
     return output
 
 
-__all__ = ["BroadcastProcess", "KeyedProcess", "Process", "check_description", "overrides"]
+__all__ = ["KEYS", "BroadcastProcess", "KeyedProcess", "Process", "check_description", "overrides"]

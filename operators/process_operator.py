@@ -34,7 +34,7 @@ from rayflow.operators.base import (
 )
 from rayflow.operators.event_time import EventTimeReader
 from rayflow.operators.grouping import Int64Array, plain_key
-from rayflow.operators.process import KeyedProcess, Process, declared_output, overrides
+from rayflow.operators.process import KEYS, KeyedProcess, Process, declared_output, overrides
 from rayflow.operators.process_context import BatchContext, KeyContext
 from rayflow.operators.process_output import Emitted, brief
 from rayflow.operators.state.access import Handle, Scope
@@ -46,9 +46,6 @@ from rayflow.operators.state.keyed import KeyedState
 from rayflow.operators.state.table import StateTable
 from rayflow.operators.state.timers import Due, TimerKind, Timers
 
-KEYS: Final = "__keys"
-"""Operator state without rows: its schema is that of the keys, so that timers can be restored before the first row;
-its meta is the next position of list elements."""
 ROUNDS_MAX: Final = 100_000
 """Timers set by timers set by timers of one watermark."""
 
@@ -68,6 +65,7 @@ class ProcessOperator(Operator):
         """What the plan or a checkpoint says they are."""
         self._tables: dict[str, StateTable] = {}
         self._timers: Timers | None = None
+        self._undeclared: dict[str, pa.Table] = {}
         self._next_position = 0
         self._ended = False
         self._opened = False
@@ -109,7 +107,11 @@ class ProcessOperator(Operator):
     def _restored(self, state: RestoredState) -> bool:
         """Takes operator state; False for keyed state."""
         if state.name != KEYS:
-            return False
+            # Without keys, and not declared any more: broadcast state of an older flow, kept as keyed tables are.
+            foreign = state.folder is None and any(key not in state.table.schema.names for key in self._factory.keys)
+            if foreign:
+                self._undeclared[state.name] = state.table
+            return foreign
         if self._key_types is None:
             self._key_types = state.table.schema.remove_metadata()
         assert isinstance(state.meta, dict)
@@ -125,6 +127,8 @@ class ProcessOperator(Operator):
         if self._key_types is not None:
             meta: dict[str, Any] = {"next_position": self._next_position}
             tables.append(FrozenTable(KEYS, schema=self._key_types, meta=meta, spread="union"))
+        if self.ctx.subtask == 0:
+            tables += [FrozenTable(n, (t,), schema=t.schema, spread="union") for n, t in self._undeclared.items()]
         return replace(frozen, tables=tuple(tables))
 
     def close(self) -> None:
@@ -372,4 +376,4 @@ class ProcessOperator(Operator):
             )
 
 
-__all__ = ["KEYS", "ProcessOperator"]
+__all__ = ["ProcessOperator"]

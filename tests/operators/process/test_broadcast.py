@@ -98,6 +98,24 @@ def test_one_copy_is_frozen_and_all_subtasks_have_it_again(parallelism: int) -> 
         assert rows(out.batches[MAIN]) == [{"k": 1, "total": 2.0}]
 
 
+def test_a_state_that_is_declared_no_more_stays_in_the_checkpoints() -> None:
+    class Later(Scalar):
+        pass
+
+    first, _ = opened(made(Scalar()))
+    first.process(pa.record_batch({"k": [1], "rule": ["x"]}), 1)
+    later, _ = opened(made(Priced()))
+    later.restore(frozen(first))
+    later.process(PRICES, 1)
+    again, out = opened(made(Later()))
+    again.restore([s for s in frozen(later) if s.name != "prices"])
+    again.process(pa.record_batch({"k": [1]}), 0)
+    assert rows(out.batches[MAIN]) == [{"rule": "x", "n": 1}]
+    promised = made(Scalar()).state_schemas(pa.schema([("k", I64)]))
+    assert promised is not None
+    assert promised["rules"] == pa.schema([("map_key", I64), ("value", pa.string())])
+
+
 def test_keyed_rows_only_read() -> None:
     operator, _ = opened(made(Writes()))
     with pytest.raises(UserCodeError, match="step 'under test' subtask 0/1: the broadcast state 'prices' is read-only"):
