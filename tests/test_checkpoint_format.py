@@ -102,6 +102,22 @@ def test_the_reader_of_the_page_merges_pieces_and_subkeys(tmp_path: Path) -> Non
         assert as_rows(found) == as_rows(own.table(step, state))
 
 
+def test_the_reader_of_the_page_takes_only_the_key_groups_that_count(tmp_path: Path) -> None:
+    """After a rescale several subtasks name one file, each with its own groups."""
+    by_hand(tmp_path)
+    page = reader()
+    manifest = page["read_manifest"](tmp_path / "chk-00000001" / "manifest.json")
+    whole = page["read_state"](tmp_path, manifest, "agg-1", "values")
+    for part in manifest["subtasks"]:
+        for handle in part["states"]:
+            handle["groups"] = [2, 5] if part["index"] == 0 else [11, 12]
+    found = page["read_state"](tmp_path, manifest, "agg-1", "values")
+    groups = key_groups(hash_columns([whole["k"]]), manifest["max_parallelism"])
+    counted = whole.filter(pa.array([group in (2, 3, 4, 11) for group in groups.tolist()]))
+    assert 0 < found.num_rows < whole.num_rows
+    assert as_rows(found) == as_rows(counted)
+
+
 def test_the_reader_of_the_page_needs_no_rayflow(tmp_path: Path) -> None:
     by_hand(tmp_path)
     program = (

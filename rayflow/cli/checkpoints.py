@@ -8,12 +8,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 from rayflow.cli.inspection import Verdict, only_job, open_jobs, resolve
 from rayflow.cli.inspection import verify as verified
 from rayflow.cli.options import as_json, print_json, storage_options
+from rayflow.cli.tables import print_table, size, table
 from rayflow.core.ids import SubtaskId
 from rayflow.core.manifest import FileRef, Manifest, StateHandle, SubtaskSnapshot, encode
 from rayflow.storage.catalog import CheckpointInfo
@@ -35,21 +34,21 @@ def list_(url: str, storage_options: dict[str, str], as_json: bool) -> None:
     if as_json:
         print_json([{"job": d.job, "url": d.url, "checkpoints": [_info_json(i) for i in infos]} for d, infos in found])
         return
-    table = _table("job", "checkpoint", "kind", "taken (UTC)", "size", "uploaded", "")
+    shown = table("job", "checkpoint", "kind", "taken (UTC)", "size", "uploaded", "")
     for directory, infos in found:
         for info in infos:
-            table.add_row(
+            shown.add_row(
                 directory.job,
                 str(info.checkpoint),
                 info.kind,
                 _moment(info.created_at),
-                _size(info.nbytes),
-                _size(info.uploaded_bytes),
+                size(info.nbytes),
+                size(info.uploaded_bytes),
                 _mark(info),
             )
         if not infos:
-            table.add_row(directory.job, "none", "", "", "", "", "")
-    _print(table)
+            shown.add_row(directory.job, "none", "", "", "", "", "")
+    print_table(shown)
 
 
 @checkpoints.command()
@@ -69,25 +68,25 @@ def show(url: str, which: str, storage_options: dict[str, str], as_json: bool) -
         f"taken {_moment(manifest.created_at)}, attempt {manifest.attempt}, run {manifest.run_id}\n"
         f"{parallelism}; {manifest.max_parallelism} key groups"
     )
-    table = _table(
+    shown = table(
         "subtask", "state rows", "size", "uploaded", "waited", "aligned", "frozen", "written", "splits", "to commit"
     )
     for part in manifest.subtasks:
-        table.add_row(*_subtask_row(part))
-    _print(table)
+        shown.add_row(*_subtask_row(part))
+    print_table(shown)
     if any(part.states for part in manifest.subtasks):
-        table = _table("state", "subtask", "pieces", "rows", "key groups", "size", "files")
+        shown = table("state", "subtask", "pieces", "rows", "key groups", "size", "files")
         for pieces in _by_state(manifest):
-            table.add_row(*_state_row(pieces))
-        _print(table)
+            shown.add_row(*_state_row(pieces))
+        print_table(shown)
     splits = [(str(part.subtask), split) for part in manifest.subtasks for split in part.splits]
     if splits or manifest.pending_splits:
-        table = _table("split", "of", "position")
+        shown = table("split", "of", "position")
         for owner, split in splits:
-            table.add_row(split.split_id, owner, str(split.position))
+            shown.add_row(split.split_id, owner, str(split.position))
         for split in manifest.pending_splits:
-            table.add_row(split.split_id, f"{split.source}, not assigned", str(split.position))
-        _print(table)
+            shown.add_row(split.split_id, f"{split.source}, not assigned", str(split.position))
+        print_table(shown)
     for part in manifest.subtasks:
         for committable in part.committables:
             click.echo(f"to commit by {committable.operator}, {part.subtask}: {committable.payload}")
@@ -128,19 +127,6 @@ def _tell(verdict: Verdict) -> None:
 # ---------------------------------------------------------------------------------------------------------------- words
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
-
-
-def _print(table: Table) -> None:
-    # A pipe has no width: who reads it by program gets whole lines.
-    console = Console() if Console().is_terminal else Console(width=240)
-    console.print(table)
-
-
 def _mark(info: CheckpointInfo) -> str:
     if info.problem:
         return info.problem
@@ -149,15 +135,6 @@ def _mark(info: CheckpointInfo) -> str:
 
 def _moment(unix_s: float) -> str:
     return f"{datetime.fromtimestamp(unix_s, UTC):%Y-%m-%d %H:%M:%S}" if unix_s else "-"
-
-
-def _size(nbytes: int) -> str:
-    size = float(nbytes)
-    for unit in ("B", "KB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} GB"
 
 
 def _ms(seconds: float) -> str:
@@ -169,8 +146,8 @@ def _subtask_row(part: SubtaskSnapshot) -> Iterable[str]:
     return (
         str(part.subtask),
         f"{stats.rows:,}",
-        _size(stats.nbytes),
-        _size(stats.uploaded_bytes),
+        size(stats.nbytes),
+        size(stats.uploaded_bytes),
         _ms(stats.start_delay_s),
         _ms(stats.alignment_s),
         _ms(stats.sync_s),
@@ -200,7 +177,7 @@ def _state_row(pieces: list[StateHandle]) -> Iterable[str]:
         str(len(pieces)),
         f"{sum(map(rows_that_count, pieces)):,}",
         str(len(groups)) if groups else "",
-        _size(sum(piece.nbytes for piece in pieces)),
+        size(sum(piece.nbytes for piece in pieces)),
         ", ".join(shown) + (f" and {len(files) - 3} more" if len(files) > 3 else ""),
     )
 
