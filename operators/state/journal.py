@@ -10,7 +10,8 @@ runs can be let go, each run also takes rows of a **window** that moves over the
 every row stands in a run of this **lap**, and all runs before the lap are dropped, with the removed keys they tell.
 Cost: a checkpoint writes at most three times what changed; live runs hold at most four times the rows of the table.
 
-Many small runs are sealed anew as one, so that a manifest does not name thousands.
+Many small runs are sealed anew as one, so that a manifest does not name thousands; that adds at most a thirty-second of
+the table to one checkpoint in eight.
 """
 
 from __future__ import annotations
@@ -30,10 +31,16 @@ from rayflow.operators.state.index import KeyIndex
 
 SEAL_ROWS: Final = 262_144
 """A freeze writes at most so many changed rows, those of one batch more, and twice as many unchanged ones."""
-SMALL_ROWS: Final = (4_096, 65_536)
+SMALL_ROWS: Final = 65_536
+"""Runs of fewer rows may be joined,"""
 SMALL_RUNS: Final = 32
-"""So many runs of less rows than one of `SMALL_ROWS` become one."""
-_WINDOW_MIN: Final = 1_024
+"""if there are so many of them,"""
+JOIN_RUNS: Final = 8
+"""and so many together have at most `JOIN_ROWS` rows, or one in `JOIN_SHARE` of the table: that much more a checkpoint
+may upload than what changed asks for."""
+JOIN_ROWS: Final = 4_096
+JOIN_SHARE: Final = 32
+_WINDOW_MIN: Final = 64
 _DENSE: Final = 16
 """Where at least one slot of so many has changed, the table is looked through instead of the log."""
 
@@ -201,17 +208,18 @@ class Journal:
 
     def _small_runs(self) -> list[Run]:
         """Runs that are to be sealed anew."""
-        for bound in SMALL_ROWS:
-            small = [run for run in self._runs if run.rows < bound and run.slots is not None]
-            if len(small) >= SMALL_RUNS:
-                total, taken = 0, []
-                for run in small:
-                    total += run.rows
-                    if total > SEAL_ROWS:
-                        break
-                    taken.append(run)
-                return taken
-        return []
+        small = [run for run in self._runs if run.slots is not None]
+        if len(small) < SMALL_RUNS:
+            return []
+        most = min(SEAL_ROWS, max(JOIN_ROWS, self._rows.index.count // JOIN_SHARE))
+        small.sort(key=lambda run: run.rows)
+        total, taken = 0, []
+        for run in small:
+            total += run.rows
+            if total > most:
+                break
+            taken.append(run)
+        return taken if len(taken) >= JOIN_RUNS else []
 
     def _still_of(self, runs: Sequence[Run]) -> Int64Array:
         """Slots whose newest sealed row is in one of these runs."""
@@ -238,7 +246,7 @@ class Journal:
             batches.append(self._tombstones(gone))
         if not batches:
             return
-        small = len(slots) + removed < SMALL_ROWS[-1]
+        small = len(slots) + removed < SMALL_ROWS
         self._runs.append(
             Run(
                 number,

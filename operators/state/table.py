@@ -16,6 +16,7 @@ from rayflow.operators.state.cache import Cache, Disk
 from rayflow.operators.state.columns import BoolArray, FixedColumn, as_type, grown, slot_column
 from rayflow.operators.state.index import Hasher, KeyIndex
 from rayflow.operators.state.journal import Journal
+from rayflow.operators.state.prefixes import PrefixOrder
 from rayflow.partition import hash_columns
 
 
@@ -67,6 +68,8 @@ class StateTable:
         """One of the two, from `keep_in_memory` or `keep_on_disk`."""
         self._keeper: Keeper
         self._grown_to = 0
+        self._prefixes: PrefixOrder | None = None
+        """Made when it is needed first."""
 
     def keep_in_memory(self) -> Journal:
         """Once, before anything else: changes become pieces."""
@@ -98,6 +101,8 @@ class StateTable:
         self._room()
         if len(new):
             self._begin(new)
+            if self._prefixes is not None:
+                self._prefixes.added(new)
         if len(new) < len(slots):
             self._begin_again(slots)
         return slots
@@ -165,12 +170,11 @@ class StateTable:
         """
         if self.cache is not None:
             return self._visible(self.cache.with_prefix(prefixes))
-        slots = self._live()
-        wanted = KeyIndex(pa.schema(list(self.keys)[: len(prefixes)]), self._hasher)
-        wanted.insert(prefixes)
-        found = wanted.find([column.get(slots) for column in self.index.columns[: len(prefixes)]])
-        which = np.flatnonzero(found >= 0)
-        return self._visible(self.gather(slots[which[np.argsort(found[which], kind="stable")]]))
+        if self._prefixes is None or self._prefixes.width != len(prefixes):
+            self._prefixes = PrefixOrder(self.index, len(prefixes), self._hasher)
+            self._prefixes.added(np.flatnonzero(self.index.alive[: self.index.high]))
+        fitting = [as_type(array, field.type) for array, field in zip(prefixes, self.keys, strict=False)]
+        return self._visible(self.gather(self._prefixes.find(fitting)))
 
     # ------------------------------------------------------------------------------------- for the keeper of changes
 
@@ -268,6 +272,7 @@ class StateTable:
         self.index = KeyIndex(self.keys, self._hasher)
         self.columns = {field.name: slot_column(field.type) for field in self.values}
         self._expires = np.zeros(0, np.int64)
+        self._prefixes = None
         self._grown_to = 0
 
     def _room(self) -> None:

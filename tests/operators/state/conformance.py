@@ -68,7 +68,9 @@ def tiny(patch: pytest.MonkeyPatch) -> None:
     """All bounds so small that a few rows pass them."""
     patch.setattr(journal, "SEAL_ROWS", 6)
     patch.setattr(journal, "SMALL_RUNS", 3)
-    patch.setattr(journal, "SMALL_ROWS", (4, 8))
+    patch.setattr(journal, "SMALL_ROWS", 8)
+    patch.setattr(journal, "JOIN_RUNS", 2)
+    patch.setattr(journal, "JOIN_ROWS", 8)
     patch.setattr(journal, "_WINDOW_MIN", 1)
     patch.setattr(cache, "DIRTY_ROWS", 6)
 

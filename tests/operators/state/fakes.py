@@ -170,6 +170,8 @@ class World:
     now: float = 1_000.0
     uploaded: dict[str, bytes] = field(default_factory=dict)
     """Pieces that a complete checkpoint holds."""
+    groups: dict[str, range] = field(default_factory=dict)
+    """Of a piece: whose rows in it are state."""
     bytes_written: int = 0
     _numbers: int = 0
 
@@ -215,6 +217,7 @@ class World:
                     assert piece.batches, "rows that no complete checkpoint holds must be there"
                     data = _ipc(piece.batches)
                     self.bytes_written += len(data)
+                    self.groups[piece.id] = key_groups_
                 else:
                     data = self.uploaded[piece.id]
                 parts.append((piece.id, data))
@@ -246,13 +249,17 @@ class World:
                 continue
             for table, pieces in part.tables:
                 for id, data in pieces:
+                    before = self.groups[id]
+                    mine = range(max(before.start, ctx.key_groups.start), min(before.stop, ctx.key_groups.stop))
+                    if not mine:
+                        continue
                     rows = pa.ipc.open_file(data).read_all()
                     assert table.key_columns is not None
                     groups = key_groups(hash_columns([rows.column(k) for k in table.key_columns]), 128)
-                    rows = rows.filter(pa.array(np.isin(groups, own)))
-                    if own != list(part.key_groups):  # a part is another piece, see `rayflow.core.restore.clip`
-                        id = f"{id.partition('@')[0]}@{own[0]}-{own[-1] + 1}"
-                        self.uploaded[id] = _ipc([rows])
+                    rows = rows.filter(pa.array(np.isin(groups, mine)))
+                    if mine != before:  # a part is another piece, see `rayflow.core.restore.clip`
+                        id = f"{id.partition('@')[0]}@{mine.start}-{mine.stop}"
+                        self.uploaded[id], self.groups[id] = _ipc([rows]), mine
                     piece = "" if savepoint else id
                     found.append(RestoredState(table.name, rows, piece=piece, subkey_columns=table.subkey_columns))
             for format, folder in part.folders:
