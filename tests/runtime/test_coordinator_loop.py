@@ -234,10 +234,10 @@ def test_a_source_that_cannot_be_discovered_and_a_corrupt_manifest_end_the_job()
     assert cause.kind == CorruptCheckpointError.__name__
     missing = Desk()
 
-    def gone() -> tuple[Any, ...]:
+    def gone(source: str) -> tuple[Any, ...]:
         raise DataError("no such file: 'x.csv'")
 
-    missing.runtime._discover = gone  # type: ignore[method-assign]
+    missing.runtime._splits_of = gone  # type: ignore[method-assign]
     cause = failed_recovery(missing)
     assert cause.fatal
     assert cause.message == "recovery: no such file: 'x.csv'"
