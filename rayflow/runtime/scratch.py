@@ -4,11 +4,13 @@
 
 Nothing in them outlives an attempt: what counts is in checkpoints. A process holds a lock on its own folder, which the
 system takes off when it dies, however it dies; whoever needs a folder first removes those of the same job that nobody
-holds. Not the id of the process: it is used again, and in containers that share a disk all are called 1.
+holds, and so does whoever needs none any more. Not the id of the process: it is used again, and in containers that
+share a disk all are called 1.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import getpass
@@ -26,6 +28,7 @@ from rayflow.errors import ConfigError, StorageError
 from rayflow.storage.layout import quote
 
 _LOCK: Final = "lock"
+_TRIES: Final = 20
 _UNUSABLE: Final = frozenset([errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT])
 
 
@@ -39,18 +42,37 @@ class ProcessFolder:
         remove_abandoned(of_job)
         name = f"{os.getpid()}-{uuid.uuid4().hex[:12]}"
         hidden = of_job / f".{name}"  # until it is locked, or it could be taken for one of the dead
-        hidden.mkdir(parents=True)
+        _make(hidden)
         (hidden / _LOCK).touch()
         self._lock = _locked(hidden)
         self.path = hidden.rename(of_job / name)
-        weakref.finalize(self, _remove_own, self.path, os.getpid())
+        self._remove = weakref.finalize(self, _remove_own, self.path, os.getpid())
 
     @classmethod
-    def of(cls, of_job: Path) -> Path:
+    def make(cls, of_job: Path, name: str) -> Path:
+        """A new folder in that of this process. Raises `OSError`."""
         with cls._guard:
             if of_job not in cls._open or not cls._open[of_job].path.is_dir():
                 cls._open[of_job] = cls(of_job)
-            return cls._open[of_job].path
+            path = cls._open[of_job].path / name
+            path.mkdir()
+            return path
+
+    @classmethod
+    def leave(cls, of_job: Path) -> None:
+        """Remove it if nothing is left in it, and what the dead have left: this may be the last process of the job, and
+        one on Ray does not end but is killed."""
+        with cls._guard:
+            own = cls._open.get(of_job)
+            if own is None or (own.path.is_dir() and any(path.name != _LOCK for path in own.path.iterdir())):
+                return
+            del cls._open[of_job]
+            own._remove()
+            own._lock.close()
+            remove_abandoned(of_job)
+            for folder in (of_job, of_job.parent):
+                with contextlib.suppress(OSError):  # others are in it
+                    folder.rmdir()
 
 
 class Scratch:
@@ -74,8 +96,7 @@ class Scratch:
         """A new empty folder. Raises `ConfigError` if ``local_dir`` cannot be used, `StorageError` if it is full."""
         self._count += 1
         try:
-            path = ProcessFolder.of(self._of_job) / f"{self._name}-{self._count}-{quote(name)}"
-            path.mkdir()
+            path = ProcessFolder.make(self._of_job, f"{self._name}-{self._count}-{quote(name)}")
         except OSError as error:
             if error.errno in _UNUSABLE:
                 raise ConfigError(
@@ -93,6 +114,8 @@ class Scratch:
         """Remove all of them; safe at any time and twice."""
         for path in self._made:
             shutil.rmtree(path, ignore_errors=True)
+        if self._made:
+            ProcessFolder.leave(self._of_job)
         self._made = []
 
 
@@ -107,6 +130,15 @@ def remove_abandoned(of_job: Path) -> None:
             continue  # held by a process that lives, or not a folder of ours, or gone meanwhile
         shutil.rmtree(path, ignore_errors=True)
         lock.close()
+
+
+def _make(folder: Path) -> None:
+    for left in reversed(range(_TRIES)):
+        try:
+            return folder.mkdir(parents=True)
+        except FileNotFoundError:  # another process has just removed a parent, which was empty
+            if not left:
+                raise
 
 
 def _locked(folder: Path) -> Any:

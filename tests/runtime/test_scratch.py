@@ -36,6 +36,17 @@ def test_folders_are_made_lazily_differ_and_go_with_the_attempt(tmp_path: Path) 
     assert third.is_dir()
 
 
+def test_the_last_attempt_to_close_leaves_nothing_and_a_later_one_begins_anew(tmp_path: Path) -> None:
+    one, other = scratch(tmp_path), scratch(tmp_path, 2)
+    one.folder("rocks")
+    folder = other.folder("rocks")
+    one.close()
+    assert folder.is_dir()
+    other.close()
+    assert not list(tmp_path.iterdir())
+    assert scratch(tmp_path, 3).folder("rocks").is_dir()
+
+
 def test_a_place_that_cannot_be_used_is_a_config_error_that_names_it(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")
@@ -44,10 +55,10 @@ def test_a_place_that_cannot_be_used_is_a_config_error_that_names_it(tmp_path: P
 
 
 def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path) -> Path:
+    def full(path: Path, name: str) -> Path:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(ProcessFolder, "of", full)
+    monkeypatch.setattr(ProcessFolder, "make", full)
     with pytest.raises(StorageError, match="No space left.*make room"):
         scratch(tmp_path).folder("rocks")
 
@@ -85,3 +96,16 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_has_is_not(
     assert not theirs.parent.exists()
     assert mine.is_dir()
     assert str(os.getpid()) in mine.parent.name
+
+
+def test_the_last_process_of_a_job_removes_what_killed_ones_left(tmp_path: Path) -> None:
+    mine = scratch(tmp_path)
+    mine.folder("rocks")
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path)], input="\n", stdout=subprocess.PIPE, text=True, check=False
+    )
+    theirs = Path(killed.stdout.strip())
+    assert killed.returncode == -signal.SIGKILL
+    assert (theirs / "000001.sst").exists()
+    mine.close()
+    assert not list(tmp_path.iterdir())
