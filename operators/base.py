@@ -217,7 +217,7 @@ class ColdTable(Protocol):
     a subkey (map keys, list positions) that `scan_prefix` leaves open. All methods work on whole batches."""
 
     def get(self, groups: UInt16Array, keys: pa.RecordBatch) -> tuple[BoolArray, pa.RecordBatch]:
-        """(which keys are there, their values; null rows where not)."""
+        """(which keys are there, their values; null rows where not). Reads, here and below, see what was frozen."""
 
     def write(self, change: Change) -> None:
         """Put or delete. Finishes an outstanding freeze first, so that the change is not in it."""

@@ -4,6 +4,9 @@ Open addressing in numpy with double hashing (Knuth, TAOCP 3, 6.4, algorithm D):
 are not decided yet, so there are as many rounds as the longest probe sequence, on arrays that shrink fast. An entry
 holds 31 bits of the hash and the slot, so that one random access decides most; equality of the keys themselves is
 always verified. At most half of the entries are used.
+
+Measured on one core, 65,536 random lookups against 1 M keys, hashing included: int64 20 to 23 M rows/s, strings of 15
+bytes 6 M rows/s (half of it is Arrow's take of the stored keys, to compare them).
 """
 
 from __future__ import annotations
