@@ -24,8 +24,8 @@ def restore_plan(
     """What ``flow.run(start=url, …)`` would restore: a dry run, which changes nothing.
 
     ``url`` is a savepoint, or the folder of a checkpoint. ``print`` it for people; `RestorePlan.refused` says whether
-    the run would be refused, `RestorePlan.problems` why. Raises `ConfigError` when there is no savepoint at ``url``, and
-    `CorruptCheckpointError` when it is not whole.
+    the run would be refused, `RestorePlan.problems` why. Raises `ConfigError` when there is no savepoint at ``url``,
+    and `CorruptCheckpointError` when it is not whole.
     """
     plan = allowing(flow.plan(parallelism=parallelism, config=config), allow_dropped)
     return look_at(url, plan, storage_options or {}, allow_other_flow=allow_other_flow)[1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final
@@ -13,6 +12,7 @@ import ray
 
 from rayflow.cluster.coordinator_actor import LINGER_S, CoordinatorActor
 from rayflow.cluster.deploy import check_cluster, connect
+from rayflow.cluster.outcome import failure_of, patiently
 from rayflow.cluster.package import JobPackage, PlanFor, pack, pack_replan, slices_of, unpack_replan
 from rayflow.cluster.processes import reason_of, uncaught
 from rayflow.cluster.view import CoordinatorInfo, Ended
@@ -23,17 +23,10 @@ from rayflow.core.messages import CheckpointKind
 from rayflow.core.timeline import CHECKPOINT_ABORTED, TimelineEntry
 from rayflow.errors import (
     ClusterError,
-    CommitLostError,
     ConfigError,
-    CorruptCheckpointError,
-    DataError,
-    FencedError,
     JobCancelledError,
     JobFailedError,
-    RayflowError,
-    StateTooLargeError,
     StorageError,
-    UserCodeError,
 )
 from rayflow.plan import Plan
 from rayflow.runtime.results import JobResult, JobStatus, SubtaskInfo, collected
@@ -47,7 +40,6 @@ from rayflow.storage.savepoints import savepoint_after
 NAMESPACE: Final = "rayflow"
 COORDINATOR_PATIENCE_S: Final = 60.0
 """How long a coordinator may be away (Ray is starting it again) before a call gives up."""
-_POLL_S: Final = (0.005, 0.1)
 CANCEL_TIMEOUT_S: Final = 60.0
 
 
@@ -168,7 +160,7 @@ class Job:
         if ended is None:
             raise TimeoutError(f"job {self.name} has not ended within {timeout:g} s; it goes on")
         if ended.state is JobState.FAILED:
-            raise self._failure(ended)
+            raise failure_of(ended, self._stores().plan.name)
         if ended.state is JobState.CANCELLED:
             raise JobCancelledError(f"job {self.name} was cancelled")
         package = self._stores()
@@ -190,7 +182,7 @@ class Job:
         """
         before = self.status().last_checkpoint or 0
         self._ask("request_checkpoint", CheckpointKind.PERIODIC)
-        for _ in _patiently(timeout):
+        for _ in patiently(timeout):
             status = self.status()
             if (status.last_checkpoint or 0) > before:
                 return int(status.last_checkpoint or 0)
@@ -220,16 +212,23 @@ class Job:
         copier = self._copier(path, storage_options)
         before = self.status().last_checkpoint or 0
         aborted = set(self._aborted_savepoints())
+        life = self._life()
         self._ask("request_checkpoint", CheckpointKind.SAVEPOINT)
         seen, turns = before, 0
-        for _ in _patiently(timeout):
-            last = self.status().last_checkpoint or 0
-            manifest = self._savepoint_after(before) if last > seen else None
+        for _ in patiently(timeout):
+            status = self.status()
+            last = status.last_checkpoint or 0
+            forgotten = status.state == "running" and self._life() != life
+            manifest = self._savepoint_after(before) if last > seen or forgotten else None
             if manifest is not None:
                 return self._copied(manifest, copier, on_progress)
             if self._ended is not None:
                 raise JobFailedError(
                     f"job {self.name} ended ({self._ended.state.value}) before a savepoint was complete"
+                )
+            if forgotten:
+                raise StorageError(
+                    f"no savepoint of job {self.name}: its coordinator died meanwhile; the job goes on, ask again"
                 )
             seen, turns = last, turns + 1
             if turns % 10 == 0 and (failed := [e for e in self._aborted_savepoints() if e not in aborted]):
@@ -327,6 +326,10 @@ class Job:
         found: Manifest | None = self._ask("savepoint_after", checkpoint) if self._poll() is None else None
         return found
 
+    def _life(self) -> str | None:
+        """Which coordinator leads the job; None when it has ended."""
+        return None if self._poll() is not None else self._ask("coordinator").life
+
     def _aborted_savepoints(self) -> list[str]:
         kind = f"({CheckpointKind.SAVEPOINT.value})"
         return [e.detail for e in self.timeline() if e.what == CHECKPOINT_ABORTED and kind in e.detail]
@@ -335,19 +338,8 @@ class Job:
         assert self._package is not None
         return self._package
 
-    def _failure(self, ended: Ended) -> JobFailedError:
-        cause = ended.cause
-        told = cause.message if cause is not None else "unknown cause"
-        error = JobFailedError(f"job {self._stores().plan.name!r} failed: {told}")
-        if cause is not None:
-            kind = cause.kind.partition("(")[0]
-            error.__cause__ = _KINDS.get(kind, RayflowError)(f"{cause.kind}: {told}")
-            if cause.traceback:
-                error.__cause__.add_note(f"where it was raised:\n{cause.traceback}")
-        return error
-
     def _wait(self, timeout: float | None) -> Ended | None:
-        for _ in _patiently(timeout):
+        for _ in patiently(timeout):
             if (ended := self._poll()) is not None:
                 return ended
         return None
@@ -376,7 +368,7 @@ class Job:
     def _ask(self, method: str, *args: Any) -> Any:
         """Call the coordinator; while Ray is starting it again, wait for it."""
         last: Exception = TimeoutError()
-        for _ in _patiently(COORDINATOR_PATIENCE_S):
+        for _ in patiently(COORDINATOR_PATIENCE_S):
             try:
                 return ray.get(getattr(self._actor, method).remote(*args))
             except ray.exceptions.RayActorError as error:
@@ -396,29 +388,3 @@ class Job:
         except ValueError:
             return False
         return True
-
-
-def _patiently(timeout: float | None) -> Any:
-    """Yields at once and then, ever more slowly, until ``timeout`` seconds have passed."""
-    deadline = None if timeout is None else time.monotonic() + timeout
-    pause, longest = _POLL_S
-    while True:
-        yield
-        now = time.monotonic()
-        if deadline is not None and now >= deadline:
-            return
-        time.sleep(pause if deadline is None else min(pause, deadline - now))
-        pause = min(pause * 1.5, longest)
-
-
-_KINDS: dict[str, type[RayflowError]] = {
-    "Fenced": FencedError,
-    "SubtaskDied": ClusterError,
-    **{
-        kind.__name__: kind
-        for kind in (
-            UserCodeError, DataError, StorageError, CommitLostError, CorruptCheckpointError, FencedError,
-            StateTooLargeError, ClusterError,
-        )
-    },
-}  # fmt: skip
