@@ -180,7 +180,7 @@ def test_commands_of_the_readme_run(reader: Path) -> None:
     (reader / "delays.py").write_text(blocks("python")[0])
     commands = [shlex.split(line, comments=True) for block in blocks("") for line in block.splitlines()]
     called = [words[1:] for words in commands if words[:1] == ["rayflow"]]
-    assert {words[0] for words in called} == {"run", "explain", "checkpoints"}
+    assert {words[0] for words in called} == {"run", "explain", "checkpoints", "state", "restore-plan"}
     for words in called:
         result = CliRunner().invoke(main, [*words, *(["--local"] if words[0] == "run" else [])])
         assert result.exit_code == 0, f"{words}: {result.output}"
