@@ -194,7 +194,10 @@ class _Copy:
                 schema = pa.schema([*columns.keys, *columns.values])
                 state = replace(handle, name=name, format="arrow", parts=(), meta=None, mode="upsert")
                 for number, table in enumerate(_chunks(batches[name], schema)):
-                    yield self._keyed(snapshot, state, table, keys, folder.key_groups, number, None)
+                    copied = self._keyed(snapshot, state, table, keys, folder.key_groups, number, None)
+                    if present := copied.group_rows:  # so that only their owners look into it
+                        copied = replace(copied, groups=(present[0][0], present[-1][0] + 1))
+                    yield copied
 
     def _keyed(
         self,
@@ -267,14 +270,16 @@ def _stretches(handles: Sequence[StateHandle], max_parallelism: int) -> list[ran
     return [range(a, b) for a, b in zip(cuts, [*cuts[1:], stop], strict=True)]
 
 
-def _chunks(batches: Iterator[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.Table]:
-    """At least one table, of about `STRETCH_ROWS` rows or `STRETCH_BYTES`."""
+def _chunks(
+    batches: Iterator[pa.RecordBatch], schema: pa.Schema, *, rows_max: int = STRETCH_ROWS
+) -> Iterator[pa.Table]:
+    """At least one table, each of about ``rows_max`` rows or `STRETCH_BYTES`."""
     held: list[pa.RecordBatch] = []
     rows = nbytes = told = 0
     for batch in batches:
         held.append(batch)
         rows, nbytes = rows + batch.num_rows, nbytes + batch.nbytes
-        if rows >= STRETCH_ROWS or nbytes >= 2 * STRETCH_BYTES:
+        if rows >= rows_max or nbytes >= 2 * STRETCH_BYTES:
             yield pa.Table.from_batches(held, schema)
             held, rows, nbytes, told = [], 0, 0, told + 1
     if held or not told:

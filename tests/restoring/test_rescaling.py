@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -73,6 +74,30 @@ def test_the_checkpoints_after_a_start_stand_without_the_savepoint(tmp_path: Pat
     shutil.rmtree(url)
     result = run(flows.totals(), tmp_path / "b", parallelism=2, config=flows.CONFIG)
     assert flows.last_of(result.table()) == expected(2)
+
+
+_FAILURES: list[int] = []
+
+
+class FailsOnce(flows.Totals):
+    """Raises in the middle of its first batch, as often as `_FAILURES` has entries."""
+
+    def process_batch(self, batch: pa.RecordBatch, ctx: Any) -> None:
+        super().process_batch(batch, ctx)
+        if _FAILURES:
+            _FAILURES.pop()
+            raise RuntimeError("as told")
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 4), (4, 2)])
+def test_a_crash_right_after_the_start_goes_back_to_the_savepoint(before: int, after: int, tmp_path: Path) -> None:
+    """P3 with a crash in between, when there is nothing yet but what was imported."""
+    run(flows.totals(), tmp_path / "a", parallelism=before, rounds=20, config=flows.CONFIG)
+    url = savepoint_of(tmp_path / "a", "totals", tmp_path / "savepoint")
+    _FAILURES[:] = [1]
+    result = run(flows.totals(FailsOnce), tmp_path / "b", parallelism=after, start=url, config=flows.CONFIG)
+    assert result.restarts == 1
+    assert flows.last_of(result.table()) == expected(after)
 
 
 def test_state_given_to_the_wrong_subtask_would_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

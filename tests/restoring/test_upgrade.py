@@ -10,6 +10,7 @@ import pytest
 
 import rayflow as rf
 from rayflow.restore_plan import Verdict, restore_plan
+from rayflow.storage import savepoint_copy
 from tests.restoring import flows
 from tests.restoring.stopping import manifest_in, newest, run, savepoint_of
 
@@ -133,3 +134,27 @@ def test_maps_and_lists_go_through_savepoints_across_back_ends(old: Backend, new
     maps = {(row["k"], row["map_key"]) for row in taken.table("totals", "digits").to_pylist()}
     assert maps == {(v % flows.KEYS, v % DIGITS) for v in range(flows.ROWS)}
     assert taken.table("totals", "digits").num_rows == len(maps)
+
+
+def test_states_that_are_not_declared_any_more_are_kept(tmp_path: Path) -> None:
+    run(before(), tmp_path / "a", rounds=20, config=config("fs"))
+    url = savepoint_of(tmp_path / "a", "upgrade", tmp_path / "first")
+    fewer = rf.Flow("upgrade", flows.source().key_by("k").process(flows.Totals, name="totals").collect(name="rows"))
+    dry = restore_plan(fewer, url, config=config("fs"))
+    assert not dry.refused
+    assert {line.state for line in dry.lines if line.verdict is Verdict.KEPT} == {"digits", "everything"}
+    run(fewer, tmp_path / "b", parallelism=3, start=url, rounds=15, config=config("fs"))
+    there = rf.read_checkpoint(url)
+    again = rf.read_checkpoint(savepoint_of(tmp_path / "b", "upgrade", tmp_path / "second"))
+    for state in ("digits", "everything"):
+        order = [(name, "ascending") for name in there.schema("totals", state).names]
+        kept = again.table("totals", state).sort_by(order)
+        assert kept.to_pylist() == there.table("totals", state).sort_by(order).to_pylist()
+
+
+def test_an_export_comes_in_chunks_and_never_as_none() -> None:
+    schema = pa.schema([("k", pa.int64())])
+    batch = pa.record_batch([pa.array(range(10))], schema=schema)
+    assert [t.num_rows for t in savepoint_copy._chunks(iter(()), schema)] == [0]
+    many = savepoint_copy._chunks(iter([batch] * 5), schema, rows_max=20)
+    assert [t.num_rows for t in many] == [20, 20, 10]
