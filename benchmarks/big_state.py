@@ -104,7 +104,9 @@ def keeper(values: int) -> rf.KeyedProcess:
             getattr(self, name).set(ctx, batch.column(name))
 
     body = {name: rf.ValueState(pa.int64()) for name in names(values)}
-    kind = type("Keeper", (rf.KeyedProcess,), {**body, "process_batch": process_batch, "output": pa.schema([("n", pa.int64())])})
+    kind = type(
+        "Keeper", (rf.KeyedProcess,), {**body, "process_batch": process_batch, "output": pa.schema([("n", pa.int64())])}
+    )
     made = kind()
     assert isinstance(made, rf.KeyedProcess)
     return made
