@@ -308,7 +308,8 @@ class OperatorFactory(Protocol):
     def stateful(self) -> bool: ...
 
     # Optional: ``state_schemas(input_schema) -> Mapping[str, pa.Schema] | None``, the keyed states by name as they are
-    # frozen, so that a dry run of a restore can compare them (`rayflow restore-plan`).
+    # frozen, so that a dry run of a restore can compare them (`rayflow restore-plan`). ``migrates_state = False`` says
+    # that they must be the same: without it the changes that `rayflow.operators.state.evolution` allows are taken over.
 
 
 # ------------------------------------------------------------------------------------------------------------- sources

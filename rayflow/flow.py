@@ -97,9 +97,10 @@ class Flow:
         gives up all later ones, whose output is then written again. Any other text is the folder or URL of a savepoint
         (`Job.savepoint`), or of a checkpoint of another job (``<url>/<flow>/chk-00000042``, as long as that job keeps
         it): the job begins with that state, at any parallelism and on any back end, and supersedes what is in its own
-        directory. `restore_plan` tells beforehand what would be restored. State of a step, splits of a source or
-        output of a sink that the flow no longer has are an error, unless ``allow_dropped`` names the step; a savepoint
-        of a flow of another name needs ``allow_other_flow``. ``progress`` shows a line on a terminal.
+        directory; started so once more, it begins there once more (``"latest"`` goes on). `restore_plan` tells what
+        would be restored. State of a step, splits of a source or output of a sink that the flow no longer has are an
+        error, unless ``allow_dropped`` names the step; a savepoint of a flow of another name needs
+        ``allow_other_flow``. ``progress`` shows a line on a terminal.
 
         Raises `PlanError` before anything starts, `StateSchemaError` for state that does not fit, and `JobFailedError`
         with the cause when the job ends with an error.

@@ -5,8 +5,9 @@ Exactly-once by construction: what the final checkpoint holds is behind everythi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
 
 import pyarrow as pa
 
@@ -29,10 +30,16 @@ class CollectSink:
     _: KW_ONLY
     schema: pa.Schema | None = None
     max_bytes: int = 2 * 1024**3
+    migrates_state: ClassVar[bool] = False
+    """Rows of one result have the same columns."""
 
     @property
     def stateful(self) -> bool:
         return True
+
+    def state_schemas(self, input_schema: pa.Schema | None) -> Mapping[str, pa.Schema] | None:
+        known = input_schema if input_schema is not None else self.schema
+        return None if known is None else {ROWS: plain(known)}
 
     def build(self) -> CollectOperator:
         return CollectOperator(self)

@@ -245,15 +245,18 @@ class _Comparison:
         new: pa.Schema,
         keys: tuple[str, ...],
     ) -> tuple[Verdict, str]:
-        found = compare(self._schema_of(handles[-1]), new, keys if handles[0].keyed else ())
+        before, migrates = self._schema_of(handles[-1]), getattr(operator.factory, "migrates_state", True)
+        if not migrates:  # whether nulls may come is known from the rows only
+            before, new = _nullable(before), _nullable(new)
+        found = compare(before, new, keys if handles[0].keyed else ())
         if found.outcome is Outcome.SAME:
             return Verdict.MATCHED, ""
-        if found.outcome is Outcome.MIGRATES:
+        if found.outcome is Outcome.MIGRATES and migrates:
             return Verdict.CHANGED, "; ".join(found.changes)
-        reasons = "; ".join(found.reasons)
+        reasons = "; ".join(found.reasons or found.changes)
         self._schema_problems.append(
             f"state {name!r} of step {operator.id!r} cannot be taken over: {reasons}; keep the old columns and types, "
-            "or give the state a new name"
+            "or give the step another name= and leave the old state behind by allow_dropped"
         )
         return Verdict.REFUSED, reasons
 
@@ -294,6 +297,10 @@ def _declared(operator: PlannedOperator) -> Mapping[str, pa.Schema] | None:
     """The states that the step will have, where it can tell before it runs."""
     tell: Any = getattr(operator.factory, "state_schemas", None)
     return None if tell is None else tell(operator.schema)
+
+
+def _nullable(schema: pa.Schema) -> pa.Schema:
+    return pa.schema([field.with_nullable(True) for field in schema])
 
 
 def _rows(handles: list[StateHandle]) -> int:

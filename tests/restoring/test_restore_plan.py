@@ -142,6 +142,21 @@ def test_a_new_source_beside_the_old_one_is_read_whole(savepoint: str, tmp_path:
     assert totals == {key: 2 * flows.total(key) for key in range(flows.KEYS)}
 
 
+def windows(**aggregates: Any) -> rf.Flow:
+    stream = flows.source().key_by("k").window(rf.tumbling("1s")).agg(name="windows", **aggregates)
+    return rf.Flow("windows", stream.write_parquet("nowhere"))
+
+
+def test_open_windows_take_no_other_aggregates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even such as a table could: the rows that have come are known to the old ones only."""
+    monkeypatch.chdir(tmp_path)
+    run(windows(n=rf.count()), tmp_path / "a", rounds=15, config=flows.CONFIG)
+    url = savepoint_of(tmp_path / "a", "windows", tmp_path / "savepoint")
+    assert not planned(windows(n=rf.count()), url).refused
+    (problem,) = planned(windows(n=rf.count(), total=rf.sum("v")), url).problems
+    assert "state 'windows' of step 'windows' cannot be taken over: new column 'total" in problem
+
+
 def test_dropping_what_the_flow_has_is_refused(savepoint: str) -> None:
     with pytest.raises(rf.PlanError, match="allow_dropped names step 'totals', which this flow has"):
         planned(flows.totals(), savepoint, allow_dropped=["totals"])
@@ -158,8 +173,8 @@ def test_a_step_that_keeps_no_state_now_is_refused(savepoint: str) -> None:
 def test_several_problems_are_all_told(savepoint: str) -> None:
     flow = rf.Flow("other", flows.source(name="other").collect(name="rows"))
     found = restore_plan(flow, savepoint)
-    assert len(found.problems) == 4  # name, key groups, process, source
-    with pytest.raises(rf.ConfigError, match=r"\(3 more: see rayflow restore-plan\)"):
+    assert len(found.problems) == 5  # name, key groups, process, source, columns of the rows
+    with pytest.raises(rf.ConfigError, match=r"\(4 more: see rayflow restore-plan\)"):
         found.check()
 
 
