@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import ClassVar, Final
 
 import numpy as np
 import pyarrow as pa
@@ -64,6 +64,9 @@ class WindowAggregate:
         check_names(self.keys, self.aggregates)
         if self.schema is not None:
             self.output_schema(self.schema)
+
+    migrates_state: ClassVar[bool] = False
+    """An aggregate that is new would know the rows of open windows in part only."""
 
     @property
     def stateful(self) -> bool:
