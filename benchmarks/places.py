@@ -14,7 +14,7 @@ import rayflow as rf
 from rayflow.core.ids import CheckpointId
 from rayflow.storage.catalog import CheckpointReader
 from rayflow.storage.filesystem import ObjectStore
-from rayflow.storage.layout import CHECKPOINTS, SHARED, job_root, manifest_path
+from rayflow.storage.layout import CHECKPOINTS, SHARED, job_root, manifest_path, released_path
 
 
 class Place(Protocol):
@@ -104,7 +104,8 @@ def s3_place(server: Any) -> S3Place:
 
 
 def unnamed(store: ObjectStore, job: str) -> list[str]:
-    """Files below ``chk-*`` and ``shared`` that no manifest names; a manifest that counts for nothing is one too."""
+    """Files below ``chk-*`` and ``shared`` that no manifest names; a manifest that counts for nothing is one too. The
+    mark of a savepoint that may go belongs to its manifest."""
     reader = CheckpointReader(store, job)
     directory = reader.survey()
     named: set[str] = set()
@@ -113,6 +114,7 @@ def unnamed(store: ObjectStore, job: str) -> list[str]:
             manifest = reader.load(CheckpointId(checkpoint))
             if manifest is not None:
                 named |= {manifest_path(checkpoint), *(file.path for file in manifest.files())}
+                named.add(released_path(checkpoint))
     return [path for path in directory.files if path.startswith((CHECKPOINTS, SHARED)) and path not in named]
 
 
