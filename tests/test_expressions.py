@@ -159,6 +159,19 @@ CASES: list[tuple[Expr, str, list[Any]]] = [
         "col('s').str.concat(col('s'), 'z', separator='-')",
         ["JFK-JFK-z", " lga - lga -z", None, "été-été-z"],
     ),
+    (s.str.split_part("t", 1), "col('s').str.split_part(separator='t', index=1)", [None, None, None, "é"]),
+    (s.str.split_part("t", 0), "col('s').str.split_part(separator='t', index=0)", ["JFK", " lga ", None, "é"]),
+    (s.str.count("é"), "col('s').str.count(pattern='é', ignore_case=False)", [0, 0, None, 2]),
+    (
+        s.str.count("[a-z]", regex=True),
+        "col('s').str.count(pattern='[a-z]', ignore_case=False)",
+        [0, 3, None, 1],
+    ),
+    (
+        s.str.extract("(?:J|g)(?P<next>.)"),
+        "col('s').str.extract(pattern='(?:J|g)(?P<next>.)')",
+        ["F", "a", None, None],
+    ),
     (s.str.split("t"), "col('s').str.split(pattern='t')", [["JFK"], [" lga "], None, ["é", "é"]]),
     (t.dt.year(), "col('t').dt.year()", [1970, 1969, None, 2013]),
     (t.dt.month(), "col('t').dt.month()", [1, 12, None, 7]),
@@ -441,6 +454,9 @@ def test_the_truth_of_an_expression_is_not_known() -> None:
         (lambda: t.dt.truncate("0d"), "positive"),
         (lambda: t.dt.epoch("minutes"), "one of s, ms"),  # type: ignore[arg-type]
         (lambda: coalesce(), "at least one"),
+        (lambda: s.str.split_part("/", -1), "index -1"),
+        (lambda: s.str.extract("(a)"), "one named group"),
+        (lambda: s.str.extract("(?P<a>a)(?P<b>b)"), "one named group"),
     ],
 )
 def test_mistakes_while_building_are_told_at_once(build: Callable[[], object], told: str) -> None:

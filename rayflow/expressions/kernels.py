@@ -98,6 +98,22 @@ def concat(*values: Any, separator: str) -> Any:
     return pc.binary_join_element_wise(*same, pa.scalar(separator, kind))
 
 
+def split_part(values: Any, *, separator: str, index: int) -> Any:
+    """Element ``index`` of the split string, null where it is too short."""
+    if isinstance(values, pa.Scalar):
+        return split_part(pa.array([values.as_py()], values.type), separator=separator, index=index)[0]
+    pieces = pc.split_pattern(values, pattern=separator)
+    offsets = pieces.offsets.to_numpy()
+    wanted = offsets[:-1].astype(np.int64) + index
+    return pieces.values.take(pa.array(wanted, mask=wanted >= offsets[1:]))
+
+
+def extract_group(values: Any, *, pattern: str) -> Any:
+    """The only group of ``pattern``; null where it does not match."""
+    found = pc.extract_regex(values, pattern=pattern)
+    return pc.struct_field(found, [0])
+
+
 def epoch(values: Any, *, unit: str) -> Any:
     """Whole ``unit`` ticks since the epoch, floored; a date counts from its midnight."""
     if pa.types.is_date(values.type):
@@ -116,7 +132,8 @@ def epoch(values: Any, *, unit: str) -> Any:
 COMPOSED: Final[dict[str, Callable[..., Any]]] = {
     function.__name__: function
     for function in (
-        add, true_divide, floor_divide, modulo, fill_null, clip, is_in, round_half_even, floor, ceil, concat, epoch
+        add, true_divide, floor_divide, modulo, fill_null, clip, is_in, round_half_even, floor, ceil, concat,
+        split_part, extract_group, epoch
     )
 }  # fmt: skip
 

@@ -73,6 +73,26 @@ class StringMethods:
         """List of strings."""
         return self._expr._method("split_pattern", "str.split", pattern=separator)
 
+    def split_part(self, separator: str, index: int) -> Expr:
+        """Piece number ``index`` (from 0) of what `split` gives; null where there are not so many."""
+        if index < 0:
+            raise PlanError(f"str.split_part got the index {index}; expected 0 for the first piece, or more")
+        return self._expr._method("split_part", "str.split_part", separator=separator, index=index)
+
+    def count(self, pattern: str, *, regex: bool = False, ignore_case: bool = False) -> Expr:
+        """How often ``pattern`` occurs, without overlaps, int32 (int64 for large strings)."""
+        kernel = "count_substring_regex" if regex else "count_substring"
+        return self._expr._method(kernel, "str.count", pattern=pattern, ignore_case=ignore_case)
+
+    def extract(self, pattern: str) -> Expr:
+        """What the one named group of a regular expression (RE2) matches first, as in ``r"id=(?P<id>[0-9]+)"``.
+
+        Null where the expression does not match; other groups are written ``(?:...)``.
+        """
+        if pattern.count("(?P<") != 1:
+            raise PlanError(f"str.extract got {pattern!r}; expected one named group, as in r'id=(?P<id>[0-9]+)'")
+        return self._expr._method("extract_group", "str.extract", pattern=pattern)
+
     def to_datetime(self, format: str, *, unit: Literal["s", "ms", "us", "ns"] = "us") -> Expr:
         """Timestamp without zone, parsed by a ``strptime`` format; text that does not match is an error."""
         return self._expr._method("strptime", "str.to_datetime", format=format, unit=unit)
