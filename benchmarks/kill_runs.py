@@ -1,12 +1,13 @@
 """Runs in a row on real Ray, each with SIGKILL at random moments; every output must be that of DuckDB, row for row.
 
-`python -m benchmarks.kill_runs [--local 30] [--s3 10] [--coordinator 5] [--seed S]`. A run is a job of parallelism 2
-with a checkpoint every 200 ms: for even seeds Parquet files -> tumbling windows by auction -> Parquet, for odd ones the
-bids themselves from files to files by auction, where every row that is lost or repeated shows. The seed draws who is
-killed (one to three subtasks, in some runs the coordinator too) and when, as positions in the life of the job: so many
-checkpoints after the last recovery, while a checkpoint is under way, while the job recovers from the kill before, when
-its input has ended; then so many looks at its status. A step of user code holds the input back until the kills that
-need a running job are made, so no run depends on the speed of the machine.
+`python -m benchmarks.kill_runs [--local 30] [--state 6] [--s3 10] [--coordinator 5] [--seed S]`. A run is a job of
+parallelism 2 with a checkpoint every 200 ms: for even seeds Parquet files -> tumbling windows by auction -> Parquet,
+for odd ones the bids themselves from files to files by auction, where every row that is lost or repeated shows; for
+those of `--state` running counts and sums by auction under rocksdb, with little memory. The seed draws who is killed
+(one to three subtasks, in some runs the coordinator too) and when, as positions in the life of the job: so many
+checkpoints after the last recovery, while a checkpoint is under way, while the job recovers from the kill before,
+when its input has ended; then so many looks at its status. A step of user code holds the input back until the kills
+that need a running job are made, so no run depends on the speed of the machine.
 
 A run that fails says how to repeat it, and keeps its folder.
 """
@@ -42,7 +43,9 @@ from benchmarks.places import LocalPlace, Place, s3_place
 from rayflow import col
 from rayflow.cluster.job import Job
 from rayflow.core import timeline
+from rayflow.core.ids import Attempt, SubtaskId
 from rayflow.operators.sources.parquet import ParquetSource
+from rayflow.runtime.scratch import Scratch
 from rayflow.stream import Stream
 
 PARALLELISM = 2
@@ -54,6 +57,9 @@ PAUSE_S = 0.05
 WINDOW = "200ms"
 INTERVAL = "200ms"
 JOB = "kill-run"
+LOCAL_DIR = "local"
+MEMORY_BYTES = 1024 * 1024
+"""The least there is."""
 PATIENCE_S = 60.0
 MOST_LOOKS = 30
 
@@ -115,10 +121,19 @@ class Run:
 
 
 class Shape(Enum):
-    """What is made of the bids: the name of the table that DuckDB holds against it, and its columns."""
+    """What is made of the bids: the name of the table that DuckDB holds against it, its columns, and how they follow
+    from the output."""
 
-    WINDOWS = "windows", "auction, window_start, n, total, highest"
-    BIDS = "bids", "auction, price, ts"
+    WINDOWS = "windows", "auction, window_start, n, total, highest", "output"
+    BIDS = "bids", "auction, price, ts", "output"
+    RUNNING = (
+        "steps",
+        "auction, step, price",
+        """(select auction, n - lag(n, 1, 0) over each as step, total - lag(total, 1, 0) over each as price
+            from output window each as (partition by auction order by n))""",
+    )
+    """Counts and sums so far, on local disk. In which order the bids of an auction meet is open, so what counts is what
+    each row adds: one to the number of its auction, and to the sum the price of one of its bids."""
 
     @classmethod
     def of(cls, seed: int) -> Shape:
@@ -143,18 +158,24 @@ class Bids:
                 create table windows as
                 select auction, time_bucket(interval {WINDOW.removesuffix("ms")} milliseconds, ts) as window_start,
                        count(*) as n, sum(price)::bigint as total, max(price) as highest
-                from bids group by all"""
+                from bids group by all;
+                create table steps as select auction, 1 as step, price from bids"""
         ).fetchall()
 
     def expected(self, shape: Shape) -> pa.Table:
-        table, _ = shape.value
-        return self._con.sql(f"from {table}").to_arrow_table()
+        """An output that is right."""
+        if shape is Shape.RUNNING:
+            return self._con.sql(
+                """select auction, row_number() over each as n, (sum(price) over each)::bigint as total from bids
+                   window each as (partition by auction order by ts rows unbounded preceding)"""
+            ).to_arrow_table()
+        return self._con.sql(f"from {shape.value[0]}").to_arrow_table()
 
     def difference(self, shape: Shape, output: pa.Table) -> str:
         """Empty when the output has exactly the expected rows."""
         self._con.register("output", output)
-        table, columns = shape.value
-        got, expected = f"select {columns} from output", f"select {columns} from {table}"
+        table, columns, made = shape.value
+        got, expected = f"select {columns} from {made}", f"select {columns} from {table}"
         both = self._con.execute(
             f"""select (select count(*) from (({got}) except all ({expected}))),
                        (select count(*) from (({expected}) except all ({got})))"""
@@ -188,20 +209,39 @@ def flow(shape: Shape, bids: Bids, gate: Path, place: Place) -> rf.Flow:
     )
     if shape is Shape.BIDS:
         made: Stream = keyed.filter(col("price") > 0, name="all")
+    elif shape is Shape.RUNNING:
+        made = keyed.agg(n=rf.count(), total=rf.sum("price"), name="running").select("auction", "n", "total")
     else:
         made = keyed.window(rf.tumbling(WINDOW)).agg(n=rf.count(), total=rf.sum("price"), highest=rf.max("price"))
     return rf.Flow(JOB, made.write_parquet(place.out, storage_options=place.storage_options))
 
 
-def one_run(seed: int, place: Place, folder: Path, bids: Bids, *, where: str, coordinator: bool) -> Run:
-    """Never raises: what went wrong stands in the result."""
+def config(shape: Shape, folder: Path) -> rf.JobConfig | None:
+    if shape is not Shape.RUNNING:
+        return None
+    return rf.JobConfig(state="rocksdb", state_memory_bytes=MEMORY_BYTES, local_dir=str(folder / LOCAL_DIR))
+
+
+def one_run(
+    seed: int,
+    place: Place,
+    folder: Path,
+    bids: Bids,
+    *,
+    where: str,
+    coordinator: bool,
+    shape: Shape | None = None,
+) -> Run:
+    """Never raises: what went wrong stands in the result. ``shape`` None: that of the seed."""
     run = Run(seed, where)
     began = time.monotonic()
     gate = folder / "gate"
     job: Job | None = None
     try:
-        shape = Shape.of(seed)
-        job = flow(shape, bids, gate, place).submit(parallelism=PARALLELISM, checkpoints=place.checkpoints(INTERVAL))
+        shape = shape or Shape.of(seed)
+        job = flow(shape, bids, gate, place).submit(
+            parallelism=PARALLELISM, checkpoints=place.checkpoints(INTERVAL), config=config(shape, folder)
+        )
         for kill in draw_kills(random.Random(seed), coordinator=coordinator):
             _make(kill, job, gate, run)
         gate.touch()
@@ -211,6 +251,8 @@ def one_run(seed: int, place: Place, folder: Path, bids: Bids, *, where: str, co
         run.identical = not difference
         run.problem = difference
         run.leftovers = place.leftovers(JOB)
+        if shape is Shape.RUNNING:
+            run.leftovers += left_on_local_disk(folder, orphans=run.coordinator_kills > 0)
         if not run.kills:
             run.problem = "nobody was killed"
     except Exception as error:
@@ -222,6 +264,30 @@ def one_run(seed: int, place: Place, folder: Path, bids: Bids, *, where: str, co
                 job.cancel()
     run.seconds = time.monotonic() - began
     return run
+
+
+def left_on_local_disk(folder: Path, *, orphans: bool) -> list[str]:
+    """When all processes are gone, which Ray ends in its own time. ``orphans``: those of a coordinator that was killed
+    may die after the end of the job; what they leave is removed by the next process of the job, so there is one here.
+    """
+    deadline = time.monotonic() + PATIENCE_S
+    while subtask_processes() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    if orphans:
+        following = Scratch(str(folder / LOCAL_DIR), JOB, SubtaskId("next", 0), Attempt(1))
+        following.folder("state")
+        following.close()
+    return [str(path) for path in (folder / LOCAL_DIR).rglob("*")]
+
+
+def subtask_processes() -> list[int]:
+    """Pids of all processes below this one that are, or were, a subtask."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "SubtaskProcess" in "".join(process.cmdline()[:1]) and process.status() != "zombie":
+                found.append(process.pid)
+    return found
 
 
 def _make(kill: Kill, job: Job, gate: Path, run: Run) -> None:
@@ -305,8 +371,8 @@ def cluster(cpus: int = 8) -> Iterator[None]:
         ray.shutdown()
 
 
-def runs(local: int, s3: int, coordinator: int, seed: int, folder: Path) -> Iterator[Run]:
-    """One after another, on the Ray cluster of this process."""
+def runs(local: int, s3: int, coordinator: int, seed: int, folder: Path, *, state: int = 0) -> Iterator[Run]:
+    """One after another, on the Ray cluster of this process; ``state``: so many more with state on local disk."""
     bids = Bids(folder / "bids")
     every = local // coordinator if coordinator else 0
     for i in range(local):
@@ -317,12 +383,21 @@ def runs(local: int, s3: int, coordinator: int, seed: int, folder: Path) -> Iter
         yield run
         if run.ok:
             shutil.rmtree(own)
+    for i in range(local, local + state):
+        own = folder / f"run-{i:03d}"
+        own.mkdir()
+        leads = coordinator > 0 and i == local
+        where = "state"
+        run = one_run(seed + i, LocalPlace(own), own, bids, where=where, coordinator=leads, shape=Shape.RUNNING)
+        yield run
+        if run.ok:
+            shutil.rmtree(own)
     if s3:
         from tests.servers import seaweed
 
         (folder / "weed").mkdir()
         with seaweed(folder / "weed") as server:
-            for i in range(local, local + s3):
+            for i in range(local + state, local + state + s3):
                 own = folder / f"run-{i:03d}"
                 own.mkdir()
                 yield one_run(seed + i, s3_place(server), own, bids, where="s3", coordinator=False)
@@ -339,23 +414,27 @@ def told(run: Run) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--local", type=int, default=30)
+    parser.add_argument("--state", type=int, default=6, help="runs with state on local disk")
     parser.add_argument("--s3", type=int, default=10)
-    parser.add_argument("--coordinator", type=int, default=5, help="so many of the local runs lose it too")
+    parser.add_argument(
+        "--coordinator", type=int, default=5, help="so many of the local runs, and a run with state, lose it too"
+    )
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="rayflow-kill-runs-"))
     done: list[Run] = []
     with cluster():
         began = time.monotonic()
-        for run in runs(options.local, options.s3, options.coordinator, options.seed, folder):
+        for run in runs(options.local, options.s3, options.coordinator, options.seed, folder, state=options.state):
             done.append(run)
             print(told(run), file=sys.stderr, flush=True)
             if not run.ok:
-                again = f"--local {run.where == 'local':d} --s3 {run.where == 's3':d} --seed {run.seed}"
+                kinds = " ".join(f"--{where} {run.where == where:d}" for where in ("local", "state", "s3"))
+                again = f"{kinds} --seed {run.seed}"
                 leads = f"--coordinator {run.coordinator_kills}"
                 print(f"  again: python -m benchmarks.kill_runs {again} {leads}; kept: {folder}", file=sys.stderr)
         seconds = time.monotonic() - began
-    for where, bar in (("local", options.local), ("s3", options.s3)):
+    for where, bar in (("local", options.local), ("state", options.state), ("s3", options.s3)):
         good = sum(run.identical for run in done if run.where == where)
         if bar:
             emit(f"kill runs identical to DuckDB, {where}", good, "runs", bar, good == bar)

@@ -5,7 +5,8 @@
 Nothing in them outlives an attempt: what counts is in checkpoints. A process holds a lock on its own folder, which the
 system takes off when it dies, however it dies; whoever needs a folder first removes those of the same job that nobody
 holds, and so does whoever needs none any more. Not the id of the process: it is used again, and in containers that
-share a disk all are called 1.
+share a disk all are called 1. Ray ends the processes of a coordinator that has died in its own time: what they have
+stays until the next run of the job, if the job has ended before.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import tempfile
 import threading
 import uuid
 import weakref
+from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
@@ -28,6 +30,8 @@ from rayflow.errors import ConfigError, StorageError
 from rayflow.storage.layout import quote
 
 _LOCK: Final = "lock"
+_NUMBERS: Final = count(1)
+"""Of folders in this process: in a simulated job one attempt of a subtask may begin several times in it."""
 _TRIES: Final = 20
 _UNUSABLE: Final = frozenset([errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT])
 
@@ -86,7 +90,6 @@ class Scratch:
         self._of_job = self._base / f"rayflow-{quote(_user())}" / quote(job)
         self._name = f"{quote(subtask.chain)}-{subtask.index}-{attempt}"
         self._made: list[Path] = []
-        self._count = 0
 
     @property
     def used(self) -> bool:
@@ -94,9 +97,8 @@ class Scratch:
 
     def folder(self, name: str) -> Path:
         """A new empty folder. Raises `ConfigError` if ``local_dir`` cannot be used, `StorageError` if it is full."""
-        self._count += 1
         try:
-            path = ProcessFolder.make(self._of_job, f"{self._name}-{self._count}-{quote(name)}")
+            path = ProcessFolder.make(self._of_job, f"{self._name}-{next(_NUMBERS)}-{quote(name)}")
         except OSError as error:
             if error.errno in _UNUSABLE:
                 raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -22,10 +23,11 @@ __all__ = ["moto_server"]
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("cluster")
-def test_three_runs_with_kills_give_what_duckdb_gives(tmp_path: Path) -> None:
-    done = list(runs(local=3, s3=0, coordinator=1, seed=11, folder=tmp_path))
+def test_four_runs_with_kills_give_what_duckdb_gives(tmp_path: Path) -> None:
+    done = list(runs(local=3, s3=0, coordinator=1, seed=11, folder=tmp_path, state=1))
     assert [told(run) for run in done if not run.ok] == []
-    assert sum(run.coordinator_kills for run in done) == 1
+    assert [run.where for run in done] == ["local"] * 3 + ["state"]
+    assert sum(run.coordinator_kills for run in done) == 2
     assert all(len(run.kills) > run.coordinator_kills for run in done), "every run loses a subtask"
 
 
@@ -39,7 +41,7 @@ def test_the_right_rows_are_right_in_any_order(bids: Bids, shape: Shape) -> None
     assert bids.difference(shape, bids.expected(shape).sort_by([("auction", "descending")])) == ""
 
 
-@pytest.mark.parametrize("shape", Shape)
+@pytest.mark.parametrize("shape", [Shape.WINDOWS, Shape.BIDS])
 def test_a_row_twice_a_row_lost_and_a_row_changed_are_each_seen(bids: Bids, shape: Shape) -> None:
     table = bids.expected(shape)
     assert bids.difference(shape, pa.concat_tables([table, table.slice(5, 1)])) == "1 rows too many, 0 missing"
@@ -47,6 +49,19 @@ def test_a_row_twice_a_row_lost_and_a_row_changed_are_each_seen(bids: Bids, shap
     one = table.slice(0, 1)
     changed = one.set_column(0, "auction", pc.add(one["auction"], 1_000_000))
     assert bids.difference(shape, pa.concat_tables([table.slice(1), changed])) == "1 rows too many, 1 missing"
+
+
+def test_running_sums_from_lost_and_doubled_bids_and_restored_from_elsewhere_are_each_seen(bids: Bids) -> None:
+    table = bids.expected(Shape.RUNNING)
+    judged = partial(bids.difference, Shape.RUNNING)
+    assert judged(pa.concat_tables([table, table.slice(5, 1)])) == "1 rows too many, 0 missing"
+    of_one = pc.equal(table["auction"], table["auction"][0])
+    last = pc.max(table.filter(of_one)["n"])
+    assert judged(table.filter(pc.invert(pc.and_(of_one, pc.equal(table["n"], last))))) == "0 rows too many, 1 missing"
+    later = pc.and_(of_one, pc.greater(table["n"], 1))
+    for name, what in (("n", "a bid counted twice"), ("total", "a price that is not one of its bids")):
+        off = pc.add(table[name], later.cast(pa.int64()))
+        assert judged(table.set_column(table.column_names.index(name), name, off)) == "1 rows too many, 1 missing", what
 
 
 def test_a_run_that_raises_is_a_failed_run(bids: Bids, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
