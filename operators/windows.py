@@ -311,11 +311,11 @@ class WindowOperator(Operator):
             int(meta["late_rows"]) for group, meta in progress.items() if group in self.ctx.key_groups
         )
         base, merged = (
-            {piece for meta in progress.values() for piece in meta.get(kind, ())} for kind in ("base", "merged")
+            {_whole(piece) for meta in progress.values() for piece in meta.get(kind, ())} for kind in ("base", "merged")
         )
         for state in states:
             if state.name == STATE and state.table.num_rows:
-                self._restore_rows(state, base=state.piece in base, merged=state.piece in merged)
+                self._restore_rows(state, base=_whole(state.piece) in base, merged=_whole(state.piece) in merged)
 
     def _check_windows(self, state: RestoredState) -> None:
         was = state.meta or {}
@@ -345,6 +345,11 @@ class WindowOperator(Operator):
 
 def _no_rows(keys: Sequence[str]) -> pa.Schema:
     return pa.schema([(key, pa.null()) for key in keys])
+
+
+def _whole(piece: str) -> str:
+    """The piece that this one may be a part of, after a change of parallelism (`rayflow.core.restore.clip`)."""
+    return piece.partition("@")[0]
 
 
 def _brief(schema: pa.Schema) -> str:

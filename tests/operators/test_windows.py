@@ -16,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rayflow.operators.aggregates as rf
+import rayflow.operators.runs as runs_module
 from rayflow.core.ids import MAX_WATERMARK, MIN_WATERMARK, CheckpointId
 from rayflow.core.keygroups import owner_of
-from rayflow.errors import ConfigError, DataError, ExpressionError, PlanError, ProtocolError
+from rayflow.errors import ConfigError, DataError, ExpressionError, PlanError, ProtocolError, StateSchemaError
 from rayflow.expressions import col
 from rayflow.operators.base import MAIN, Collected, FrozenState, Operator, RestoredState
 from rayflow.operators.grouping import flat
@@ -500,3 +501,36 @@ def test_a_closed_window_stays_closed_after_a_restore(kind: type[WindowOperator]
     operator.process(_simple((1, 2)), 0)
     operator.on_watermark(MAX_WATERMARK)
     assert len(rows(out.batches[MAIN])) == fired, "W3; the broken variant fires twice"
+
+
+def test_a_part_of_the_base_is_a_base_after_a_change_of_parallelism(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`rayflow.core.restore.clip` names parts; they are not merged anew, so the next checkpoint writes little."""
+    monkeypatch.setattr(runs_module, "PIECE_BYTES", 0)
+    monkeypatch.setattr(runs_module, "PENDING_ROWS", 1)
+    operator, _ = opened(_factory())
+    operator.process(_simple(*((k, 1) for k in range(10))), 0)
+    windows, progress = frozen(operator)
+    assert progress.meta["base"] == [windows.piece]
+    part = RestoredState(windows.name, windows.table.slice(0, 4), windows.meta, f"{windows.piece}@0-64")
+    again, _ = opened(_factory(), 0, 2)
+    again.restore([part, progress])
+    once_more, progress = frozen(again)
+    assert once_more.piece == part.piece
+    assert progress.meta["base"] == [part.piece]
+
+
+def test_windows_of_another_size_are_refused() -> None:
+    operator, _ = opened(_factory())
+    operator.process(_simple((1, 1)), 0)
+    other, _ = opened(_factory(size="20us"))
+    with pytest.raises(StateSchemaError, match=r"'under test' subtask 0/1 has windows of 20 us.*of 10 us.*name="):
+        other.restore(frozen(operator))
+
+
+def test_the_dry_run_of_a_restore_knows_the_states() -> None:
+    for factory, schema in ((_factory(), SCHEMA), (_factory(partial=True), _combine().output_schema(SCHEMA))):
+        operator, _ = opened(_factory())
+        operator.process(_simple((1, 1)), 0)
+        states = {state.name: state.table.schema for state in frozen(operator)}
+        assert factory.state_schemas(schema) == states
+    assert _factory(schema=None).state_schemas(None) is None
