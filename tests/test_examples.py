@@ -17,6 +17,7 @@ PROVES = {
     "late_rows.py": "every report is in exactly one of the two outputs",
     "unpaid.py": "every order that was not paid in time was told exactly once",
 }
+ON_RAY = {"rescale.py": "60000 readings were each counted once, by one subtask and then by two"}
 
 
 def run(name: str, *arguments: str, cwd: Path) -> str:
@@ -35,7 +36,7 @@ def run(name: str, *arguments: str, cwd: Path) -> str:
 
 def test_every_example_is_run_here() -> None:
     found = {path.name for path in EXAMPLES.glob("*.py")} - {"__init__.py"}
-    assert found == PROVES.keys() | {"flights.py"}
+    assert found == PROVES.keys() | ON_RAY.keys() | {"flights.py"}
 
 
 @pytest.mark.parametrize("name", sorted(PROVES))
@@ -70,6 +71,13 @@ def test_the_flights_differ_when_a_row_does(tmp_path: Path) -> None:
     assert again.returncode == 1, again.stdout + again.stderr
     assert "NOT identical to DuckDB: 1 of 1,095 rows differ" in again.stdout
     assert "2013-07-04" in again.stdout
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("name", sorted(ON_RAY))
+def test_example_on_ray(name: str, tmp_path: Path) -> None:
+    assert ON_RAY[name] in run(name, cwd=tmp_path).splitlines()
+    assert not list(tmp_path.iterdir()), "an example left something behind"
 
 
 @pytest.mark.ray
