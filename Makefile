@@ -9,7 +9,7 @@ READY  := $(VENV)/.installed
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-fast check format demo sim bench kill-runs clean
+.PHONY: help test test-fast check format demo sim bench kill-runs nexmark bench-nexmark clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -46,6 +46,12 @@ bench: $(READY) ## every figure, as JSON lines and a table
 
 kill-runs: $(READY) ## runs with SIGKILL at random moments, compared with DuckDB
 	$(BIN)/python -m benchmarks.kill_runs
+
+nexmark: $(READY) ## every Nexmark query through a kill, equal to DuckDB
+	$(BIN)/python -m examples.nexmark --events 200000 --out-of-order 1s --kill
+
+bench-nexmark: $(READY) ## every Nexmark query, rows/s beside DuckDB
+	$(BIN)/python -m examples.nexmark --events $(or $(EVENTS),5000000)
 
 clean: ## remove what the targets made, the environment too
 	rm -rf $(VENV) build dist out checkpoints *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

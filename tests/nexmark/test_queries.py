@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -53,3 +55,11 @@ def test_all_are_named_and_none_is_missing_without_being_told() -> None:
     assert sorted([*ALL, *MISSING], key=lambda name: int(name[1:])) == [f"q{i}" for i in range(23)]
     assert all(query.title for query in ALL.values())
     assert all(query.reads and all(isinstance(kind, Kind) for kind in query.reads) for query in ALL.values())
+
+
+def test_the_readme_lists_the_queries_that_there_are() -> None:
+    readme = (Path(__file__).resolve().parents[2] / "examples" / "nexmark" / "README.md").read_text()
+    listed = dict(re.findall(r"^\| (q\d+) \| (.*?) \|", readme, re.MULTILINE))
+    assert listed == {query.name: query.title for query in ALL.values()}
+    missing = re.search(r"^Missing: (.*?)\.", readme, re.MULTILINE)
+    assert tuple(missing[1].split(", ") if missing else ()) == MISSING
