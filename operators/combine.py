@@ -14,7 +14,7 @@ from rayflow.operators.event_time import EventTimeReader, OnNullTime, check_even
 from rayflow.operators.faults import UNLOCATED, located
 from rayflow.operators.grouping import Int64Array
 from rayflow.operators.preaggregate import Preaggregation, check_names
-from rayflow.operators.tumbling import Tumbling
+from rayflow.operators.tumbling import WindowSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -25,7 +25,7 @@ class LocalCombine:
     """
 
     keys: tuple[str, ...]
-    spec: Tumbling
+    spec: WindowSpec
     aggregates: Mapping[str, Aggregate]
     event_time: str
     on_error: OnNullTime = "fail"

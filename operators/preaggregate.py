@@ -6,7 +6,7 @@ Schema of partial results: the key columns, ``window_start`` (timestamp[us] in t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -113,10 +113,12 @@ class Preaggregation:
             by.append(partials.column(WINDOW_START))
         return self._grouped(by, [_sum_rows(partials.column(ROWS)), *combinings], start)
 
-    def finalise(self, partials: pa.Table, size_us: int) -> pa.Table:
-        """Output rows from merged partial results. Raises `DataError` for a result that does not fit its type."""
+    def finalise(self, partials: pa.Table, size: int | Callable[[Int64Array], Int64Array]) -> pa.Table:
+        """Output rows from merged partial results; ``size`` of the windows, or their ends from their starts. Raises
+        `DataError` for a result that does not fit its type."""
         starts = flat(partials.column(WINDOW_START))
-        ends = pa.array(starts.view(pa.int64()).to_numpy() + size_us).view(self.window_type)
+        starts_us = starts.view(pa.int64()).to_numpy()
+        ends = pa.array(starts_us + size if isinstance(size, int) else size(starts_us)).view(self.window_type)
         columns = [*(partials.column(key) for key in self.keys), starts, ends]
         rows = flat(partials.column(ROWS))
         for bound, parts in zip(self.bounds, self._parts(partials), strict=True):

@@ -203,6 +203,27 @@ class RunStore:
         self._count()
         return due
 
+    def drop(self, last_start: int) -> None:
+        """Remove all windows that start at ``last_start`` or before."""
+        if all(run.low > last_start for run in self.runs()):
+            return
+        self._base = self._without(self._base, last_start)
+        self._pending = self._without(self._pending, last_start)
+        self._count()
+
+    def peek(self, first_start: int, last_start: int) -> pa.Table | None:
+        """Rows of the windows that start between these, both inclusive, with keys and windows made unique, in order of
+        the window start; removes nothing. None if there are none. What is on disk is mapped, but the result of a merge
+        is in memory."""
+        runs = [run for run in self.runs() if run.low <= last_start and run.high >= first_start]
+        tables = [table for run in runs if (table := self._open_rows(run, last_start, first_start)).num_rows]
+        if not tables:
+            return None
+        if len(tables) == 1 and all(run.merged for run in runs):
+            return self._by_start(tables[0])
+        table = self._merge(pa.concat_tables(tables), first_start if first_start == last_start else None)
+        return self._by_start(table)
+
     def _count(self) -> None:
         self._pending_rows = sum(run.rows for run in self._pending)
         self._memory_bytes = sum(run.memory_bytes for run in self._pending)
@@ -224,6 +245,10 @@ class RunStore:
         if run.disk is not None:
             dead = run.disk.find((last_start + 1, 0))
             low = int(self.starts_of(run.table.slice(dead, 1))[0])
+        elif run.ordered:
+            starts = self.starts_of(run.table)
+            dead = int(np.searchsorted(starts, last_start, side="right"))
+            low = int(starts[dead])
         else:
             starts = self.starts_of(run.table)
             later = starts[starts > last_start]
@@ -239,20 +264,23 @@ class RunStore:
         _drop(run)
         return _on_disk(self._spill.write_one(rest), low, run.high, merged=run.merged)
 
-    def _open_rows(self, run: Run, last_start: int | None = None) -> pa.Table:
-        """Rows of open windows, up to those that start at ``last_start``."""
+    def _open_rows(self, run: Run, last_start: int | None = None, first_start: int | None = None) -> pa.Table:
+        """Rows of open windows, from those that start at ``first_start`` up to those that start at ``last_start``."""
+        closed = run.closed
+        if first_start is not None and first_start > run.low:
+            closed = first_start - 1 if closed is None else max(closed, first_start - 1)
         to_end = last_start is None or run.high <= last_start
-        if run.closed is None and to_end:
+        if closed is None and to_end:
             return run.table
         if run.disk is not None:
-            part = _part(run, last_start)
+            part = _part(run, last_start, closed)
             return run.table.slice(part.begin, part.end - part.begin)
         starts = self.starts_of(run.table)
         if run.ordered:
-            begin = 0 if run.closed is None else int(np.searchsorted(starts, run.closed, side="right"))
+            begin = 0 if closed is None else int(np.searchsorted(starts, closed, side="right"))
             end = len(starts) if last_start is None else int(np.searchsorted(starts, last_start, side="right"))
             return run.table.slice(begin, end - begin)
-        wanted = np.ones(len(starts), bool) if run.closed is None else starts > run.closed
+        wanted = np.ones(len(starts), bool) if closed is None else starts > closed
         if last_start is not None:
             wanted &= starts <= last_start
         return run.table.filter(pa.array(wanted))
@@ -336,7 +364,7 @@ class RunStore:
         The runs may be dropped before the result is read."""
         spill = self._spill
         assert spill is not None
-        parts = [_part(run, last_start) for run in runs if run.disk is not None]
+        parts = [_part(run, last_start, run.closed) for run in runs if run.disk is not None]
         in_memory = [run for run in runs if run.disk is None]
         if in_memory:
             rows = Ordered.of(self._open_rows(self._union(in_memory, last_start), last_start), spill.order)
@@ -366,9 +394,9 @@ class RunStore:
         return done
 
 
-def _part(run: Run, last_start: int | None) -> Part:
+def _part(run: Run, last_start: int | None, closed: int | None) -> Part:
     assert run.disk is not None
-    begin = 0 if run.closed is None else run.disk.find((run.closed + 1, 0))
+    begin = 0 if closed is None else run.disk.find((closed + 1, 0))
     end = run.table.num_rows if last_start is None else run.disk.find((last_start + 1, 0))
     return Part(run.disk, begin, end)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
 import numpy as np
 import pyarrow as pa
@@ -30,13 +30,17 @@ from rayflow.operators.grouping import Int64Array
 from rayflow.operators.preaggregate import ROWS, WINDOW_START, Preaggregation, check_names
 from rayflow.operators.runs import Frozen, Run, RunStore
 from rayflow.operators.spill import RowOrder, Spill
-from rayflow.operators.tumbling import Tumbling, tumbling
+from rayflow.operators.tumbling import Tumbling, WindowSpec, tumbling
+from rayflow.operators.windowing.panes import Firing, PaneIsWindow, TwoStacks
+from rayflow.operators.windowing.sliding import Sliding
 
 LATE = "late"
 """Tag of the side output of rows whose window had closed."""
 STATE: Final = "windows"
 PROGRESS: Final = "progress"
 """Name of the state without rows whose meta says how far the windows have got."""
+CUTS: Final = ("size_us", "offset_us", "every_us")
+"""Keys of `WindowSpec.cut`."""
 OUTPUT_ROWS: Final = 65_536
 
 
@@ -52,7 +56,7 @@ class WindowAggregate:
     """
 
     keys: tuple[str, ...]
-    spec: Tumbling
+    spec: WindowSpec
     aggregates: Mapping[str, Aggregate]
     event_time: str
     schema: pa.Schema | None = None
@@ -126,6 +130,7 @@ class WindowOperator(Operator):
         """Schema of the last batch, which is known to fit ``_plan``."""
         self._combiner: Combiner | None = None
         self._runs: RunStore | None = None
+        self._firing: Firing = TwoStacks(factory.spec) if isinstance(factory.spec, Sliding) else PaneIsWindow()
         self.counters = WindowCounters()
 
     def open(self, ctx: OperatorContext, out: Output) -> None:
@@ -174,7 +179,7 @@ class WindowOperator(Operator):
             assert self._runs is not None
             if self._combiner is None:
                 self._combiner = Combiner(self._plan)
-            self._runs.append(Run(self._combiner.combine(batch, times, starts), low, high, merged=False))
+            self._append(Run(self._combiner.combine(batch, times, starts), low, high, merged=False))
         except UNLOCATED as error:
             raise located(error, self.ctx) from error
 
@@ -197,15 +202,21 @@ class WindowOperator(Operator):
             if len(starts) == 0:
                 return
             low, high = int(starts.min()), int(starts.max())
-        self._runs.append(Run(partials, low, high, merged=False))
+        self._append(Run(partials, low, high, merged=False))
+
+    def _append(self, run: Run) -> None:
+        assert self._runs is not None
+        self._runs.append(run)
+        self._firing.touched(run.low)
 
     def _closed(self, start: int) -> bool:
-        return start + self._spec.size_us <= self._watermark
+        """Whether all windows of the pane have ended."""
+        return start < self._spec.first_open(self._watermark)
 
     def _late(self, starts: Int64Array | int, rows: int) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
         if isinstance(starts, int):
             return np.full(rows, self._closed(starts))
-        return starts <= self._watermark - self._spec.size_us
+        return starts < self._spec.first_open(self._watermark)
 
     def _bind(self, preaggregation: Preaggregation) -> None:
         """Types are known: from a snapshot or from rows; all that come later must agree with the first."""
@@ -231,15 +242,15 @@ class WindowOperator(Operator):
     def on_watermark(self, time: int) -> int:
         """Fire all windows that end at ``time`` or before, in order of their start, and then pass the watermark on.
 
-        What is passed on speaks of the event time of the results, which is their window start: the start of the window
-        that holds ``time``, because that window is open and no later result starts before it.
+        What is passed on speaks of the event time of the results, which is their window start: the start of the first
+        window that has not ended, because no later result starts before it.
         """
         if time > self._watermark:
             self._fire(time)
             self._watermark = time
         if self._watermark in (MIN_WATERMARK, MAX_WATERMARK):
             return self._watermark
-        return max(MIN_WATERMARK, self._spec.start_of(self._watermark))
+        return max(MIN_WATERMARK, self._spec.first_open(self._watermark))
 
     def _fire(self, time: int) -> None:
         low = None if self._runs is None else self._runs.low
@@ -249,13 +260,14 @@ class WindowOperator(Operator):
             raise ProtocolError(
                 f"W3: {self.ctx} holds a window from {low} us that had closed by its watermark {self._watermark}"
             )
-        if low + self._spec.size_us > time:
+        since, until = (self._spec.first_open(time) for time in (max(self._watermark, low), time))
+        if since >= until:
             return
         assert self._runs is not None
         assert self._plan is not None
-        for due in self._runs.take(time - self._spec.size_us):
+        for due in self._firing.due(self._runs, self._plan, since, until):
             try:
-                table = self._plan.finalise(due, self._spec.size_us)
+                table = self._plan.finalise(due, self._spec.ends_of)
             except DataError as error:
                 raise DataError(f"{self.ctx}: {error}") from error
             self.counters.fired_rows += table.num_rows
@@ -278,8 +290,7 @@ class WindowOperator(Operator):
             key_columns=keys,
             meta={
                 "watermark": self._watermark,
-                "size_us": self._spec.size_us,
-                "offset_us": self._spec.offset_us,
+                **self._spec.cut(),
                 "late_rows": self.late_rows,
                 "first_group": self.ctx.key_groups.start,
                 "base": list(runs.base),
@@ -319,12 +330,15 @@ class WindowOperator(Operator):
 
     def _check_windows(self, state: RestoredState) -> None:
         was = state.meta or {}
-        size, offset = was.get("size_us", self._spec.size_us), was.get("offset_us", self._spec.offset_us)
-        if (size, offset) != (self._spec.size_us, self._spec.offset_us):
+        now = self._spec.cut()
+        before = {
+            name: was.get(name, value if name in ("size_us", "offset_us") else None) for name, value in now.items()
+        }
+        before |= {name: was[name] for name in CUTS if name in was}
+        if state.meta and before != now:
             raise StateSchemaError(
-                f"{self.ctx} has windows of {self._spec.size_us} us from {self._spec.offset_us} us on, its checkpoint "
-                f"of {size} us from {offset} us on: open windows cannot be cut anew; give the step another name= to "
-                "begin without its state, or the size it had"
+                f"{self.ctx} has windows of {_cut(now)}, its checkpoint of {_cut(before)}: open windows cannot be cut "
+                "anew; give the step another name= to begin without its state, or the windows it had"
             )
 
     def _restore_rows(self, state: RestoredState, *, base: bool, merged: bool) -> None:
@@ -335,12 +349,17 @@ class WindowOperator(Operator):
             raise DataError(f"{self.ctx} cannot restore state {STATE!r}: {error}") from error
         self._bind(plan)
         assert self._runs is not None
-        closed = None if self._watermark == MIN_WATERMARK else self._watermark - self._spec.size_us
+        closed = None if self._watermark == MIN_WATERMARK else self._spec.first_open(self._watermark) - 1
         self._runs.restore(table.select(plan.schema.names), piece=state.piece, base=base, merged=merged, closed=closed)
 
     def close(self) -> None:
         if self._runs is not None:
             self._runs.close()
+
+
+def _cut(cut: Mapping[str, Any]) -> str:
+    every = f" every {cut['every_us']} us" if "every_us" in cut else ""
+    return f"{cut['size_us']} us{every} from {cut['offset_us']} us on"
 
 
 def _no_rows(keys: Sequence[str]) -> pa.Schema:

@@ -1,0 +1,1 @@
+"""Windows other than tumbling ones."""
