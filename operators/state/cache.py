@@ -6,6 +6,9 @@ operator instance together hold more than the bound, a table that is asked for s
 it last did so, at most half of its share, and lets the others go (after Corbato's clock, 1968, a whole turn at a time).
 A removed row whose key may be on disk stays in memory, *gone*, until that is written. All of this happens in `slots`
 only: between two calls no row moves.
+
+Rows whose time to live has passed are deleted on disk by a **window** of key groups that moves over the table, twice as
+many rows as were written meanwhile: else state that is forgotten would fill the disk, and every checkpoint.
 """
 
 from __future__ import annotations
@@ -15,8 +18,9 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from rayflow.operators.base import Change, ColdStore, ColdTable, OperatorContext
+from rayflow.operators.base import EXPIRES, Change, ColdStore, ColdTable, OperatorContext
 from rayflow.operators.grouping import Int64Array
 from rayflow.operators.state.columns import BoolArray, grown
 from rayflow.operators.state.index import KeyIndex
@@ -24,6 +28,8 @@ from rayflow.partition import hash_columns, key_groups
 
 DIRTY_ROWS: Final = 262_144
 """A freeze copies at most so many rows, and those of one batch more."""
+PURGE_ROWS: Final = 65_536
+"""Written since expired rows were last looked for on disk."""
 _BOOKKEEPING: Final = 4
 """Bytes a slot in the arrays of the cache."""
 
@@ -35,7 +41,9 @@ class CachedRows(Protocol):
     keys: pa.Schema
     stored: pa.Schema
     subkeys: int
+    ttl_us: int | None
 
+    def now_us(self) -> int: ...
     def gather(self, slots: Int64Array) -> pa.RecordBatch: ...
     def outdated(self, slots: Int64Array) -> BoolArray | None: ...
     def put(self, slots: Int64Array, rows: pa.RecordBatch) -> None: ...
@@ -79,6 +87,10 @@ class Cache:
         self._used: BoolArray = np.zeros(0, np.bool_)
         self._dirty_rows = 0
         """At least the number of dirty slots."""
+        self._unpurged = 0
+        """Rows written to disk since expired ones were looked for."""
+        self._purged_to = 0
+        """Position among the key groups."""
         disk.caches.append(self)
 
     # ------------------------------------------------------------------------------------------------- as a keeper
@@ -109,6 +121,9 @@ class Cache:
                 self.flush()
         if self._disk.too_much(self):
             self._shrink()
+        if self._rows.ttl_us is not None and self._unpurged >= PURGE_ROWS:
+            self._purge(2 * self._unpurged)
+            self._unpurged = 0
 
     def absent(self, slots: Int64Array) -> BoolArray:
         """Which of the slots, -1 among them, hold no row."""
@@ -175,6 +190,7 @@ class Cache:
         self._cold_too[kept] = True
         self._dirty[dirty] = False
         self._dirty_rows = 0
+        self._unpurged += len(kept)
         if len(kept):
             self._nothing_cold = False
         return found
@@ -214,6 +230,19 @@ class Cache:
         slots = self._rows.retain(kept)
         self._cold_too[slots] = True
 
+    def _purge(self, rows: int) -> None:
+        """Delete what has expired in the next key groups, until so many rows were looked at or once round.
+
+        A row in memory is not older than on disk: expired there too, or dirty and going to be written.
+        """
+        groups, width, now = self._disk.groups, len(self._rows.keys), self._rows.now_us()
+        for _ in groups:
+            group = groups[self._purged_to % len(groups)]
+            self._purged_to += 1
+            rows -= purge(self._cold, group, width, now)
+            if rows <= 0:
+                return
+
     def reset(self) -> None:
         """The table starts anew with no slots; all that was in it is on disk."""
         self._dirty = self._cold_too = self._gone = self._used = np.zeros(0, np.bool_)
@@ -235,3 +264,16 @@ class Cache:
 
     def _key_groups(self, owners: Sequence[pa.Array]) -> Any:
         return key_groups(hash_columns(owners), self._disk.max_parallelism).astype(np.uint16)
+
+
+def purge(cold: ColdTable, group: int, width: int, now_us: int) -> int:
+    """Delete the rows of this key group that have expired; how many rows it had. ``width``: columns of the key."""
+    looked_at, found = 0, []
+    for batch in cold.scan(range(group, group + 1)):
+        looked_at += batch.num_rows
+        expired = pc.less_equal(batch.column(EXPIRES), now_us).fill_null(False)
+        found.append(batch.select(list(range(width))).filter(expired))
+    for keys in found:
+        if keys.num_rows:
+            cold.write(Change(np.full(keys.num_rows, group, np.uint16), keys, None))
+    return looked_at

@@ -21,7 +21,9 @@ BoolArray: TypeAlias = npt.NDArray[np.bool_]
 Numbers: TypeAlias = npt.NDArray[Any]
 
 _HEAP_MIN: Final = 65_536
-"""A heap of fewer values is not cleaned."""
+"""A heap of fewer values is not cleaned,"""
+_HEAP_BYTES_MIN: Final = 32 * 1024 * 1024
+"""unless so many bytes have come since it was looked at: values may be large and few."""
 _CHUNK_BYTES: Final = 512 * 1024 * 1024
 """Chunks of a heap are not joined beyond this: the offsets of strings have 32 bits."""
 
@@ -166,6 +168,9 @@ class HeapColumn:
         """Each at least twice as long as the next (unless large): their number is a logarithm."""
         self._length = 0
         self._clean_at = _HEAP_MIN
+        self._appended_bytes = 0
+        """Since the heap was looked at last."""
+        self._look_at_bytes = _HEAP_BYTES_MIN
 
     def grow(self, capacity: int) -> None:
         self.where = grown(self.where, capacity)
@@ -183,7 +188,8 @@ class HeapColumn:
         if rows is None and values.get_total_buffer_size() > 2 * values.nbytes:
             values = values.take(pa.array(np.arange(len(values))))  # a slice would keep the memory of the whole
         self._append(values)
-        if self._length > self._clean_at:
+        self._appended_bytes += values.nbytes
+        if self._length > self._clean_at or self._appended_bytes > self._look_at_bytes:
             self._clean()
 
     def same(self, slots: Int64Array, prepared: pa.Array, rows: Int64Array | None) -> BoolArray:
@@ -248,15 +254,24 @@ class HeapColumn:
             chunks[-2:] = [pa.concat_arrays(chunks[-2:])]
 
     def _clean(self) -> None:
-        """Drop what no slot points at, if that is more than half."""
+        """Drop what no slot points at, if that is more than half of the values or of the bytes."""
         slots = np.flatnonzero(self.valid)
-        if 2 * len(slots) < self._length:
+        live_bytes = self._live_bytes(slots)
+        if 2 * len(slots) < self._length or 2 * live_bytes < self.heap_bytes:
             chunks = [self._take(slots[low : low + _HEAP_MIN]) for low in range(0, len(slots), _HEAP_MIN)]
             self._chunks, self._length = [], 0
             for chunk in chunks:
                 self._append(chunk)
             self.where[slots] = np.arange(len(slots))
+            live_bytes = self.heap_bytes
         self._clean_at = max(_HEAP_MIN, 4 * len(slots))
+        self._appended_bytes, self._look_at_bytes = 0, max(_HEAP_BYTES_MIN, live_bytes)
+
+    def _live_bytes(self, slots: Int64Array) -> int:
+        """About so many, as if the values of a chunk were equally long: old and new ones are in different chunks."""
+        ends = np.cumsum([len(chunk) for chunk in self._chunks])
+        live = np.bincount(np.searchsorted(ends, self.where[slots], side="right"), minlength=len(ends))
+        return sum(int(chunk.nbytes * n / len(chunk)) for chunk, n in zip(self._chunks, live, strict=True))
 
 
 SlotColumn: TypeAlias = FixedColumn | HeapColumn

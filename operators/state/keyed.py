@@ -20,7 +20,7 @@ from rayflow.operators.base import (
     RestoredState,
     new_piece,
 )
-from rayflow.operators.state.cache import Disk
+from rayflow.operators.state.cache import Disk, purge
 from rayflow.operators.state.evolution import migrate
 from rayflow.operators.state.journal import Journal
 from rayflow.operators.state.table import StateTable
@@ -144,7 +144,13 @@ class KeyedState:
     def _open_cold(self, table: StateTable, disk: Disk, earlier: Sequence[_Restored]) -> None:
         """A table of the store; rows that come from another back end or a savepoint are written into it."""
         values = pa.schema(list(table.stored)[len(table.keys) :])
-        known_empty = table.name not in disk.store.tables()
+        stored = disk.store.tables().get(table.name)
+        known_empty = stored is None
+        if stored is not None and table.ttl_us is None and EXPIRES in stored[1].names:
+            # The state has lost its time to live: what had expired by then does not come back.
+            old = disk.store.table(table.name, *stored, subkeys=table.subkeys)
+            for group in self._ctx.key_groups:
+                purge(old, group, len(table.keys), self._now_us())
         cold = disk.store.table(table.name, table.keys, values, subkeys=table.subkeys)
         cache = table.keep_on_disk(disk, cold, known_empty=known_empty)
         for restored in earlier:
@@ -160,6 +166,9 @@ class KeyedState:
         user = pa.schema([*table.keys, *table.values])
         moved = migrate(rows, user, keys=table.keys.names, where=f"{self._ctx}, state {table.name!r}")
         removed = pc.fill_null(moved.column(DELETED), False) if DELETED in moved.schema.names else None
+        if table.ttl_us is None and EXPIRES in moved.schema.names:
+            due = pc.less_equal(moved.column(EXPIRES), self._now_us()).fill_null(False)  # as in `_open_cold`
+            removed = due if removed is None else pc.or_(removed, due)
         plain = moved.select(user.names)
         if table.ttl_us is not None:
             plain = plain.append_column(EXPIRES, self._expiry(table, moved))
@@ -170,8 +179,11 @@ class KeyedState:
         if EXPIRES in rows.schema.names:
             return rows.column(EXPIRES)
         assert table.ttl_us is not None
-        due = int(self._ctx.wall_time() * 1_000_000) + table.ttl_us
+        due = self._now_us() + table.ttl_us
         return pa.array(np.full(len(rows), due, np.int64))
+
+    def _now_us(self) -> int:
+        return int(self._ctx.wall_time() * 1_000_000)
 
     def _undeclared(self, name: str, kept: Sequence[_Restored]) -> FrozenTable:
         """Rows of a table that nobody has asked for, as they came."""

@@ -141,7 +141,7 @@ class StateTable:
         """These rows were changed through `numbers` or `valid`, or will be before the next `slots`: the next checkpoint
         must have them."""
         if self.ttl_us is not None:
-            self._expires[slots] = self._now() + self.ttl_us
+            self._expires[slots] = self.now_us() + self.ttl_us
         self._keeper.touched(slots)
 
     def delete(self, slots: Int64Array) -> None:
@@ -185,10 +185,14 @@ class StateTable:
             columns.append(pa.array(self._expires[slots]))
         return pa.RecordBatch.from_arrays(columns, schema=self.stored)
 
+    def now_us(self) -> int:
+        """Wall time, in us."""
+        return int(self._wall_time() * 1_000_000)
+
     def outdated(self, slots: Int64Array) -> BoolArray | None:
         if self.ttl_us is None:
             return None
-        outdated: BoolArray = self._expires[slots] <= self._now()
+        outdated: BoolArray = self._expires[slots] <= self.now_us()
         return outdated
 
     def drop(self, slots: Int64Array) -> None:
@@ -210,7 +214,7 @@ class StateTable:
             column.put(slots, column.prepare(as_type(rows.column(name), column.kind)), None)
         if self.ttl_us is not None:
             # Null in rows from before the state had a time to live: theirs begins now.
-            self._expires[slots] = flat(rows.column(EXPIRES)).fill_null(self._now() + self.ttl_us).to_numpy()
+            self._expires[slots] = flat(rows.column(EXPIRES)).fill_null(self.now_us() + self.ttl_us).to_numpy()
 
     def retain(self, slots: Int64Array) -> Int64Array:
         """Forget all rows but these, which get new slots; the memory of the others is free again."""
@@ -232,9 +236,6 @@ class StateTable:
             column.clear(slots)
 
     # -------------------------------------------------------------------------------------------------------- within
-
-    def _now(self) -> int:
-        return int(self._wall_time() * 1_000_000)
 
     def _begin(self, slots: Int64Array) -> None:
         """These are new rows."""
@@ -288,7 +289,7 @@ class StateTable:
 
     def _present(self, slots: Int64Array) -> Int64Array:
         if self.ttl_us is not None and len(self._expires):
-            outdated = self._expires[slots] <= self._now()
+            outdated = self._expires[slots] <= self.now_us()
             outdated &= slots >= 0
             if outdated.any():
                 slots = np.where(outdated, -1, slots)
@@ -302,5 +303,5 @@ class StateTable:
     def _visible(self, rows: pa.RecordBatch) -> pa.RecordBatch:
         """Rows as they are stored, without those that have expired and without the engine's columns."""
         if self.ttl_us is not None:
-            rows = rows.filter(pc.greater(rows.column(EXPIRES), self._now()).fill_null(True))
+            rows = rows.filter(pc.greater(rows.column(EXPIRES), self.now_us()).fill_null(True))
         return rows.select([*self.keys.names, *self.values.names])

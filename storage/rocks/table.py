@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rayflow.operators.base import EXPIRES, BoolArray, Change, UInt16Array
+from rayflow.operators.base import BoolArray, Change, UInt16Array
 from rayflow.storage.rocks.catalog import Catalog, TableInfo
 from rayflow.storage.rocks.database import Database
 
@@ -64,22 +64,6 @@ class RocksTable:
             starts = self._info.encode_prefixes(groups, prefixes)
             found = [pair for start in starts for pair in database.items(start, _after(start))]
         return _rows(self._info, found, self._where)
-
-    def purge(self, now_us: int) -> int:
-        """Delete the rows that have expired (`EXPIRES` <= ``now_us``, Unix time in us); how many. Reads everything: to
-        be called rarely. Does nothing in a table without that column."""
-        if EXPIRES not in self._info.values.names:
-            return 0
-        gone = 0
-        with self._store.writing() as database:
-            pairs = _pairs(database, self._info, None)
-            while chunk := list(islice(pairs, _CHUNK)):
-                values = self._info.decode_values([value for _, value in chunk], self._where)
-                due = pc.less_equal(values.column(EXPIRES), now_us).fill_null(False)
-                rows = np.flatnonzero(due.to_numpy(zero_copy_only=False)).tolist()
-                database.delete([chunk[row][0] for row in rows])
-                gone += len(rows)
-        return gone
 
     def rekey(self, catalog: Catalog, keys: pa.Schema, database: Database) -> TableInfo:
         """All rows again, under a key of wider types: as a new table of the same name."""

@@ -73,6 +73,7 @@ def tiny(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(journal, "JOIN_ROWS", 8)
     patch.setattr(journal, "_WINDOW_MIN", 1)
     patch.setattr(cache, "DIRTY_ROWS", 6)
+    patch.setattr(cache, "PURGE_ROWS", 3)
 
 
 class Program:

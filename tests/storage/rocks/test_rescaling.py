@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from rayflow.errors import CorruptCheckpointError, StateSchemaError, StorageError
-from rayflow.operators.base import EXPIRES, Change, RestoredFolder
+from rayflow.operators.base import Change, RestoredFolder
 from rayflow.storage.rocks import read_folder
 from rayflow.storage.rocks.catalog import CATALOG_FILE
 from rayflow.storage.rocks.export import folder_tables
@@ -194,20 +194,6 @@ def test_scan_and_export_are_in_the_order_of_key_groups_and_of_a_range_only(tmp_
         groups = groups_of(pa.record_batch([table_of["k"].combine_chunks()], schema=KEYS))
         assert (np.diff(groups.astype(int)) >= 0).all()
         assert set(table_of["k"].to_pylist()) == {k for k in rows if 20 <= group_of(k) < 90}
-    store.close()
-
-
-def test_purging_deletes_what_has_expired_and_nothing_else(tmp_path: Path) -> None:
-    values = pa.schema([("v", pa.int64()), (EXPIRES, pa.int64())])
-    store = RocksStore(tmp_path / "a", context())
-    table = store.table("ttl", KEYS, values)
-    asked = deletes(range(6))
-    expires = [100, 200, None, 300, 200, 201]
-    table.write(Change(asked.groups, asked.keys, pa.record_batch([list(range(6)), expires], schema=values)))
-    assert table.purge(200) == 3
-    found, _ = table.get(asked.groups, asked.keys)
-    assert found.tolist() == [False, False, True, True, False, True]
-    assert store.table("plain", KEYS, VALUES).purge(10**18) == 0
     store.close()
 
 
