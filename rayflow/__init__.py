@@ -31,6 +31,7 @@ from rayflow.operators.state.declared import (
     ReducingState,
     ValueState,
 )
+from rayflow.operators.windowing.sliding import sliding
 from rayflow.operators.windows import tumbling
 from rayflow.reading import from_arrow, from_generator, read_csv, read_json, read_parquet, read_source
 from rayflow.restore_plan import RestorePlan, restore_plan
@@ -99,6 +100,7 @@ __all__ = [
     "read_source",
     "rebucket",
     "restore_plan",
+    "sliding",
     "stddev",
     "sum",
     "tumbling",

@@ -34,12 +34,13 @@ from rayflow.operators.stateless import (
     Select,
     WithColumns,
 )
-from rayflow.operators.windows import LocalCombine, Tumbling, WindowAggregate
 from rayflow.partition import check_key_type
 
 if TYPE_CHECKING:
     from rayflow.keyed_process import ConnectedStream, ProcessResult
     from rayflow.operators.process import KeyedProcess
+    from rayflow.operators.tumbling import WindowSpec
+    from rayflow.windowed import WindowedStream
 
 ExprLike = Any
 """A `rayflow.Expr`, a ``pyarrow.compute.Expression``, a column name or a Python scalar."""
@@ -314,17 +315,14 @@ class KeyedStream(Stream):
         super().__init__(stream._node, exchange=Exchange("hash", keys), tag=stream._tag, event_time=stream._event_time)
         self._keys = keys
 
-    def window(self, spec: Tumbling) -> WindowedStream:
-        """Cut each key's rows into windows of event time.
+    def window(self, spec: WindowSpec) -> WindowedStream:
+        """Cut each key's rows into windows of event time: `rf.tumbling`, `rf.sliding`.
 
         Raises `PlanError` when the stream has no event time.
         """
-        if self._event_time is None:
-            raise PlanError(
-                f"step 'window' ({caller_location()}): the stream has no event time; pass event_time= to the source or "
-                "call .with_event_time(column) before key_by"
-            )
-        return WindowedStream(self, spec)
+        from rayflow.windowed import window
+
+        return window(self, spec)
 
     def process(
         self, process: KeyedProcess | type[KeyedProcess], *, parallelism: int | None = None, name: str | None = None
@@ -388,58 +386,6 @@ class DeduplicatedStream(Stream):
     @property
     def late(self) -> Stream:
         """With ``within``: rows behind the watermark, which never pass, with the columns of the input."""
-        return Stream(self._node, tag="late")
-
-
-class WindowedStream:
-    """What `KeyedStream.window` gives; call `agg`."""
-
-    def __init__(self, keyed: KeyedStream, spec: Tumbling) -> None:
-        self._keyed = keyed
-        self._spec = spec
-
-    def agg(self, *, name: str | None = None, **aggregates: Aggregate) -> WindowResult:
-        """One row a key and window: the keys, ``window_start``, ``window_end`` and the named aggregates."""
-        keyed = self._keyed
-        for out, aggregate in aggregates.items():
-            if not isinstance(aggregate, Aggregate):
-                raise PlanError(
-                    f"step 'window' ({caller_location()}): {out}= must be an aggregate such as rf.count(), "
-                    f"got {aggregate!r}"
-                )
-        if not aggregates:
-            raise PlanError(f"step 'window' ({caller_location()}): agg needs at least one aggregate, got none")
-        time = keyed._event_time
-        assert time is not None
-        what: dict[str, Any] = {
-            "keys": keyed._keys,
-            "spec": self._spec,
-            "aggregates": dict(aggregates),
-            "event_time": time,
-        }
-        node = Node(
-            "window",
-            (keyed._input(),),
-            WindowAggregate(**what),
-            combiner=LocalCombine(**what),
-            combined=WindowAggregate(**what, input_is_partial=True),
-            detail=f"{self._spec} by {', '.join(keyed._keys)}: {', '.join(aggregates)}",
-            name=name,
-            location=caller_location(),
-        )
-        node.schema(look=False)
-        return WindowResult(node)
-
-
-class WindowResult(Stream):
-    """Results of windows; ``late`` are the rows that came after their window had fired."""
-
-    def __init__(self, node: Node) -> None:
-        super().__init__(node, event_time="window_start")
-
-    @property
-    def late(self) -> Stream:
-        """Rows too late for their window, with the columns of the input."""
         return Stream(self._node, tag="late")
 
 

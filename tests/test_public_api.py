@@ -21,7 +21,8 @@ from click.testing import CliRunner
 import rayflow as rf
 from rayflow.cli.main import main
 from rayflow.keyed_process import ConnectedStream, ProcessResult
-from rayflow.stream import DeduplicatedStream, WindowedStream, WindowResult
+from rayflow.stream import DeduplicatedStream
+from rayflow.windowed import WindowedStream, WindowResult
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 
@@ -29,7 +30,7 @@ SOURCES = {"from_arrow", "from_generator", "read_csv", "read_json", "read_parque
 EXPRESSIONS = {"coalesce", "col", "lit", "when", "Expr"}
 AGGREGATES = {"count", "first", "last", "max", "mean", "min", "stddev", "sum"}
 RUNNING = {"CheckpointConfig", "Flow", "JobConfig", "JobResult", "JobStatus", "Restart", "SubtaskInfo", "attach"}
-STREAMS = {"KeyedStream", "Stream", "tumbling"}
+STREAMS = {"KeyedStream", "Stream", "sliding", "tumbling"}
 STATE = {
     "AggregatingState", "BroadcastProcess", "BroadcastState", "FrozenState", "FrozenTable", "KeyedProcess", "ListState",
     "MapState", "ReducingState", "SinkOperator", "ValueState",

@@ -1,0 +1,83 @@
+"""Builders of windows on a keyed stream, for `KeyedStream.window`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rayflow.errors import PlanError
+from rayflow.graph import Node, caller_location
+from rayflow.operators.aggregates import Aggregate
+from rayflow.operators.tumbling import Tumbling, WindowSpec
+from rayflow.operators.windowing.sliding import Sliding
+from rayflow.operators.windows import LocalCombine, WindowAggregate
+from rayflow.stream import KeyedStream, Stream
+
+
+def window(keyed: KeyedStream, spec: WindowSpec) -> WindowedStream:
+    """Raises `PlanError` for a stream without event time, and for what is no window."""
+    if not isinstance(spec, Tumbling | Sliding):
+        raise PlanError(
+            f'step \'window\' ({caller_location()}): window() needs windows such as rf.tumbling("1m") or '
+            f'rf.sliding("10m", every="1m"), got {spec!r}'
+        )
+    if keyed._event_time is None:
+        raise PlanError(
+            f"step 'window' ({caller_location()}): the stream has no event time; pass event_time= to the source or "
+            "call .with_event_time(column) before key_by"
+        )
+    return WindowedStream(keyed, spec)
+
+
+class WindowedStream:
+    """What `KeyedStream.window` gives; call `agg`."""
+
+    def __init__(self, keyed: KeyedStream, spec: WindowSpec) -> None:
+        self._keyed = keyed
+        self._spec = spec
+
+    def agg(self, *, name: str | None = None, **aggregates: Aggregate) -> WindowResult:
+        """One row a key and window: the keys, ``window_start``, ``window_end`` and the named aggregates."""
+        keyed = self._keyed
+        for out, aggregate in aggregates.items():
+            if not isinstance(aggregate, Aggregate):
+                raise PlanError(
+                    f"step 'window' ({caller_location()}): {out}= must be an aggregate such as rf.count(), "
+                    f"got {aggregate!r}"
+                )
+        if not aggregates:
+            raise PlanError(f"step 'window' ({caller_location()}): agg needs at least one aggregate, got none")
+        time = keyed._event_time
+        assert time is not None
+        what: dict[str, Any] = {
+            "keys": keyed._keys,
+            "spec": self._spec,
+            "aggregates": dict(aggregates),
+            "event_time": time,
+        }
+        node = Node(
+            "window",
+            (keyed._input(),),
+            WindowAggregate(**what),
+            combiner=LocalCombine(**what),
+            combined=WindowAggregate(**what, input_is_partial=True),
+            detail=f"{self._spec} by {', '.join(keyed._keys)}: {', '.join(aggregates)}",
+            name=name,
+            location=caller_location(),
+        )
+        node.schema(look=False)
+        return WindowResult(node)
+
+
+class WindowResult(Stream):
+    """Results of windows; ``late`` are the rows that came after all their windows had fired."""
+
+    def __init__(self, node: Node) -> None:
+        super().__init__(node, event_time="window_start")
+
+    @property
+    def late(self) -> Stream:
+        """Rows too late for their windows, with the columns of the input."""
+        return Stream(self._node, tag="late")
+
+
+__all__ = ["WindowResult", "WindowedStream", "window"]
