@@ -73,11 +73,12 @@ def group(keys: Sequence[Column], combinings: Sequence[Combining]) -> tuple[list
     answers: list[list[pa.Array]] = []
     for combining, asked in zip(combinings, handles, strict=True):
         found = tuple(flat(result.column(name)) for name in asked)
-        answers.append(_finish(combining, Grouped(found, result.num_rows, ids)))
+        answers.append(finish(combining, Grouped(found, result.num_rows, ids)))
     return [flat(result.column(f"k{i}")) for i in range(len(keys))], answers
 
 
-def _finish(combining: Combining, grouped: Grouped) -> list[pa.Array]:
+def finish(combining: Combining, grouped: Grouped) -> list[pa.Array]:
+    """The columns of a combining that has asked, from the answer."""
     try:
         combining.send(grouped)
     except StopIteration as stop:

@@ -20,7 +20,25 @@ from rayflow.errors import (
 )
 from rayflow.expressions import Expr, coalesce, col, lit, when
 from rayflow.flow import Flow, attach
-from rayflow.operators.aggregates import count, first, last, max, mean, min, stddev, sum
+from rayflow.operators.aggregates import (
+    aggregate,
+    approx_count_distinct,
+    arg_max,
+    arg_min,
+    collect,
+    count,
+    count_distinct,
+    first,
+    last,
+    max,
+    mean,
+    median,
+    min,
+    quantile,
+    stddev,
+    sum,
+    variance,
+)
 from rayflow.operators.base import FrozenState, FrozenTable, SinkOperator, Source
 from rayflow.operators.process import BroadcastProcess, KeyedProcess
 from rayflow.operators.state.declared import (
@@ -31,6 +49,7 @@ from rayflow.operators.state.declared import (
     ReducingState,
     ValueState,
 )
+from rayflow.operators.user_aggregate import UserAggregate
 from rayflow.operators.windowing.sliding import sliding
 from rayflow.operators.windows import tumbling
 from rayflow.reading import from_arrow, from_generator, read_csv, read_json, read_parquet, read_source
@@ -78,12 +97,19 @@ __all__ = [
     "StorageError",
     "Stream",
     "SubtaskInfo",
+    "UserAggregate",
     "UserCodeError",
     "ValueState",
+    "aggregate",
+    "approx_count_distinct",
+    "arg_max",
+    "arg_min",
     "attach",
     "coalesce",
     "col",
+    "collect",
     "count",
+    "count_distinct",
     "diff",
     "first",
     "from_arrow",
@@ -92,7 +118,9 @@ __all__ = [
     "lit",
     "max",
     "mean",
+    "median",
     "min",
+    "quantile",
     "read_checkpoint",
     "read_csv",
     "read_json",
@@ -104,5 +132,6 @@ __all__ = [
     "stddev",
     "sum",
     "tumbling",
+    "variance",
     "when",
 ]

@@ -48,9 +48,7 @@ def needed_before(factory: Any, after: Needed) -> Needed:
     """Columns that have to come into a step so that those in ``after`` can leave it."""
     match factory:
         case LocalCombine():
-            read = _columns(
-                a.column for a in factory.aggregates.values() if isinstance(a, Aggregate) and a.column is not None
-            )
+            read = _columns(part for a in factory.aggregates.values() if isinstance(a, Aggregate) for part in a.reads)
             return None if read is None else read | {*factory.keys, factory.event_time}
         case Select():
             return _columns(factory.expressions)

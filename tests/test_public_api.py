@@ -28,7 +28,10 @@ README = Path(__file__).resolve().parent.parent / "README.md"
 
 SOURCES = {"from_arrow", "from_generator", "read_csv", "read_json", "read_parquet", "read_source", "Source"}
 EXPRESSIONS = {"coalesce", "col", "lit", "when", "Expr"}
-AGGREGATES = {"count", "first", "last", "max", "mean", "min", "stddev", "sum"}
+AGGREGATES = {
+    "UserAggregate", "aggregate", "approx_count_distinct", "arg_max", "arg_min", "collect", "count", "count_distinct",
+    "first", "last", "max", "mean", "median", "min", "quantile", "stddev", "sum", "variance",
+}  # fmt: skip
 RUNNING = {"CheckpointConfig", "Flow", "JobConfig", "JobResult", "JobStatus", "Restart", "SubtaskInfo", "attach"}
 STREAMS = {"KeyedStream", "Stream", "sliding", "tumbling"}
 STATE = {

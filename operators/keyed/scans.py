@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from rayflow.errors import PlanError
 from rayflow.operators.grouping import Column, flat
 from rayflow.operators.keyed.cells import array_of, integers_of, is_number, numbers_of, seeds_of, store
 from rayflow.operators.keyed.segments import Numbers, Segments
@@ -232,7 +233,7 @@ def count(segments: Segments, table: StateTable, name: str, values: pa.Array | N
 
 
 def scan_of(bound: Bound) -> Scan:
-    """The running form of an aggregate."""
+    """The running form of an aggregate; raises `PlanError` if there is none."""
     parts = bound.parts
     match bound:
         case CountRows():
@@ -251,7 +252,10 @@ def scan_of(bound: Bound) -> Scan:
             return RankedScan(parts, bound.latest)
         case Deviation():
             return DeviationScan(parts)
-    raise AssertionError(f"no running form of {bound!r}")
+    raise PlanError(
+        f"the aggregate {bound.name!r} has no running form ({type(bound).__name__}); put .window(...) before agg, or "
+        "keep what it needs in a KeyedProcess"
+    )
 
 
 def _seen(segments: Segments, seeded: Numbers, valid: Numbers | None) -> Numbers | None:

@@ -20,44 +20,7 @@ from rayflow.errors import DataError, KeyHashError, PlanError
 from rayflow.expressions import col
 from rayflow.operators.aggregates import Aggregate
 from rayflow.operators.preaggregate import Preaggregation
-
-TIME = pa.timestamp("us")
-
-
-def _batch(values: list[Any], kind: pa.DataType | None = None, keys: list[Any] | None = None) -> pa.RecordBatch:
-    rows = len(values)
-    times = pa.array(np.arange(rows), TIME)
-    return pa.record_batch({"k": keys or [0] * rows, "x": pa.array(values, kind), "t": times})
-
-
-def _plan(batch: pa.RecordBatch, **aggregates: Aggregate) -> Preaggregation:
-    return Preaggregation.of_rows(("k",), aggregates, batch.schema, TIME)
-
-
-def _times(batch: pa.RecordBatch) -> pa.Array:
-    return batch.column("t").view(pa.int64())
-
-
-def _one(aggregate: Aggregate, values: list[Any], kind: pa.DataType | None = None) -> Any:
-    """The aggregate over the values, at once, row by row and in halves, which must agree."""
-    batch = _batch(values, kind)
-    plan = _plan(batch, out=aggregate)
-    half = len(values) // 2
-    pieces = [batch.slice(0, half), batch.slice(half)]
-    ways = [
-        plan.combine_rows(batch, _times(batch), 0),
-        plan.merge(plan.singles(batch, _times(batch), 0), 0),
-        plan.merge(pa.concat_tables(plan.combine_rows(p, _times(p), 0) for p in pieces if p.num_rows), None),
-    ]
-    for way in ways:
-        assert way.schema.equals(plan.schema)
-    tables = [plan.finalise(way, 1) for way in ways]
-    assert all(table.schema.equals(plan.output_schema) for table in tables)
-    found = [table.column("out").to_pylist() for table in tables]
-    assert all(len(one) == 1 for one in found)
-    for (one,) in found[1:]:
-        assert one == found[0][0] or (isinstance(one, float) and one == pytest.approx(found[0][0], nan_ok=True))
-    return found[0][0]
+from tests.operators.aggregating import TIME, batch_of, finalised, plan_of, result_of, times_of
 
 
 @pytest.mark.parametrize(
@@ -101,7 +64,7 @@ def _one(aggregate: Aggregate, values: list[Any], kind: pa.DataType | None = Non
     ],
 )
 def test_values(aggregate: Aggregate, values: list[Any], kind: pa.DataType | None, expected: Any) -> None:
-    found = _one(aggregate, values, kind)
+    found = result_of(aggregate, values, kind)
     assert found == expected or (isinstance(expected, float) and math.isnan(expected) and math.isnan(found))
 
 
@@ -179,11 +142,11 @@ def test_a_sum_that_overflows_raises_and_any_other_is_exact(values: list[int]) -
     """pyarrow's hash_sum wraps. Whether the true sum fits decides, not the order or the way of batching."""
     total = int(sum(values))
     if -(2**63) <= total < 2**63:
-        assert _one(rf.sum("x"), values, pa.int64()) == total
+        assert result_of(rf.sum("x"), values, pa.int64()) == total
     else:
         with pytest.raises(DataError, match="'out' does not fit in int64"):
-            _one(rf.sum("x"), values, pa.int64())
-    assert _one(rf.mean("x"), values, pa.int64()) == pytest.approx(total / len(values), rel=1e-12, abs=1024)
+            result_of(rf.sum("x"), values, pa.int64())
+    assert result_of(rf.mean("x"), values, pa.int64()) == pytest.approx(total / len(values), rel=1e-12, abs=1024)
 
 
 @settings(max_examples=30, deadline=None)
@@ -191,10 +154,10 @@ def test_a_sum_that_overflows_raises_and_any_other_is_exact(values: list[int]) -
 def test_unsigned_sums_too(values: list[int]) -> None:
     total = int(sum(values))
     if total < 2**64:
-        assert _one(rf.sum("x"), values, pa.uint64()) == total
+        assert result_of(rf.sum("x"), values, pa.uint64()) == total
     else:
         with pytest.raises(DataError, match="does not fit in uint64"):
-            _one(rf.sum("x"), values, pa.uint64())
+            result_of(rf.sum("x"), values, pa.uint64())
 
 
 def test_the_oracle_of_overflow_is_not_blind() -> None:
@@ -208,7 +171,7 @@ def test_the_deviation_is_safe_far_from_zero(offset: float) -> None:
     rng = np.random.default_rng(7)
     values = (offset + rng.integers(-8, 9, 1_000) / 8).tolist()
     expected = statistics.stdev(values)
-    assert _one(rf.stddev("x"), values) == pytest.approx(expected, rel=1e-9)
+    assert result_of(rf.stddev("x"), values) == pytest.approx(expected, rel=1e-9)
     naive = np.sqrt((np.sum(np.square(values)) - np.sum(values) ** 2 / 1_000) / 999)
     if offset:
         assert naive != pytest.approx(expected, rel=1e-3), "the sum of squares would not do"
@@ -217,20 +180,20 @@ def test_the_deviation_is_safe_far_from_zero(offset: float) -> None:
 def test_the_deviation_of_groups_that_lie_far_apart() -> None:
     """One pivot for all groups would lose one of them."""
     values = [1e12, 1e12 + 1, 1e12 + 2, 1.0, 1.5, 2.0]
-    batch = _batch(values, keys=[1, 1, 1, 2, 2, 2])
-    plan = _plan(batch, out=rf.stddev("x"))
-    merged = plan.merge(plan.singles(batch, _times(batch), 0), 0)
-    assert plan.finalise(merged, 1).column("out").to_pylist() == [1.0, 0.5]
+    batch = batch_of(values, keys=[1, 1, 1, 2, 2, 2])
+    plan = plan_of(batch, out=rf.stddev("x"))
+    merged = plan.merge(plan.singles(batch, times_of(batch), 0), 0)
+    assert finalised(plan, merged).column("out").to_pylist() == [1.0, 0.5]
 
 
 def test_first_and_last_do_not_depend_on_arrival() -> None:
     """Ties in time: the smallest value is first, the largest last."""
     values, times = ["b", "a", "c", None], [5, 5, 5, 1]
     for order in ([0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2]):
-        batch = _batch([values[i] for i in order])
-        plan = _plan(batch, a=rf.first("x"), z=rf.last("x"))
+        batch = batch_of([values[i] for i in order])
+        plan = plan_of(batch, a=rf.first("x"), z=rf.last("x"))
         stamps = pa.array([times[i] for i in order], pa.int64())
-        (row,) = plan.finalise(plan.combine_rows(batch, stamps, 0), 1).to_pylist()
+        (row,) = finalised(plan, plan.combine_rows(batch, stamps, 0)).to_pylist()
         assert (row["a"], row["z"]) == ("a", "c")
 
 
@@ -252,7 +215,7 @@ def test_keys_of_every_type(keys: list[Any], kind: pa.DataType, groups: list[Any
     schema = pa.schema([("k", kind), ("t", TIME)])
     batch = pa.record_batch([pa.array(keys, kind), pa.array(range(len(keys)), TIME)], schema=schema)
     plan = Preaggregation.of_rows(("k",), {"n": rf.count()}, schema, TIME)
-    table = plan.finalise(plan.combine_rows(batch, _times(batch), 0), 1)
+    table = finalised(plan, plan.combine_rows(batch, times_of(batch), 0))
     assert table.column("k").to_pylist() == groups
     assert sum(table.column("n").to_pylist()) == len(keys)
 
@@ -260,13 +223,13 @@ def test_keys_of_every_type(keys: list[Any], kind: pa.DataType, groups: list[Any
 def test_one_nan_is_one_key() -> None:
     other = np.array([0x7FF8000000000001], np.uint64).view(np.float64)[0]
     batch = pa.record_batch({"k": pa.array(np.array([math.nan, other])), "t": pa.array([0, 1], TIME)})
-    plan = _plan(batch, n=rf.count())
-    assert plan.combine_rows(batch, _times(batch), 0).num_rows == 1
+    plan = plan_of(batch, n=rf.count())
+    assert plan.combine_rows(batch, times_of(batch), 0).num_rows == 1
 
 
 def test_a_state_of_other_aggregates_is_refused() -> None:
-    batch = _batch([1, 2])
-    partials = _plan(batch, a=rf.sum("x")).schema
+    batch = batch_of([1, 2])
+    partials = plan_of(batch, a=rf.sum("x")).schema
     with pytest.raises(PlanError, match=r"'b\.value'"):
         Preaggregation.of_partials(("k",), {"b": rf.max("x")}, partials)
     with pytest.raises(PlanError, match="z"):
