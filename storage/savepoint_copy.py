@@ -7,7 +7,8 @@ State without keys is copied piece by piece. Splits, positions and committables 
 
 Committables are those that the job had prepared for the checkpoint. It commits them when the checkpoint is complete, so
 they are committed already, or will be; the job that starts from the savepoint commits them again, which is a no-op
-(rule S1), and aborts none of them.
+(rule S1), and aborts none of them. Of a job that has ended all are committed, and `all_committed` leaves them out: that
+output is the user's, may be moved away, and the next job may write elsewhere.
 
 The manifest is written last and only if there is none: a copy that was interrupted is no savepoint.
 """
@@ -80,6 +81,11 @@ class SavepointCopier:
         """The checkpoint it was copied from is kept no longer than others; nobody need own the directory for that."""
         assert self._own is not None
         ObjectStore(self._own, self._own_options).put_if_absent(released_path(manifest.checkpoint), b"")
+
+
+def all_committed(manifest: Manifest) -> Manifest:
+    """The last checkpoint of a job that has ended well, with nothing left to commit."""
+    return replace(manifest, subtasks=tuple(replace(sub, committables=()) for sub in manifest.subtasks))
 
 
 def check_free(target: ObjectStore) -> None:

@@ -34,7 +34,7 @@ from rayflow.runtime.stores import Start, open_stores
 from rayflow.storage.checkpoints import CheckpointInfo
 from rayflow.storage.filesystem import ObjectStore
 from rayflow.storage.layout import job_root
-from rayflow.storage.savepoint_copy import Progress, SavepointCopier
+from rayflow.storage.savepoint_copy import Progress, SavepointCopier, all_committed
 from rayflow.storage.savepoints import savepoint_after
 
 NAMESPACE: Final = "rayflow"
@@ -258,7 +258,7 @@ class Job:
         assert self._ended is not None
         if self._ended.manifest is None:
             raise JobFailedError(f"job {self.name} ended without a checkpoint, so there is no savepoint")
-        return replace(result, savepoint=self._copied(self._ended.manifest, copier, on_progress))
+        return replace(result, savepoint=self._copied(all_committed(self._ended.manifest), copier, on_progress))
 
     def rescale(self, parallelism: int, *, savepoint: str | None = None, timeout: float | None = None) -> Job:
         """Stop with a savepoint and start the same flow from it at another parallelism; the new job.
