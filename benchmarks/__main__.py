@@ -18,6 +18,7 @@ from benchmarks.figures import Figure, parse
 
 MODULES = (
     "window_vs_duckdb",
+    "sliding_windows",
     "running_sum",
     "exchange",
     "recovery",

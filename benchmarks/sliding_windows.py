@@ -1,0 +1,108 @@
+"""Sliding windows that overlap 2, 10 and 100 times: rows a second on one core, which should not differ.
+
+`python -m benchmarks.sliding_windows [--rows 20000000]`. A window begins every 10 s and is 20, 100 or 1,000 s long;
+1,000 keys, 10,000 rows for each second of event time in batches of 65,536, a watermark behind every batch,
+count/sum/max. In one process without Ray: the combiner, the window operator, and a snapshot every 50 batches. The three
+sizes take turns, medians are compared. Every key is in every window, and the first windows, which are not full, are in
+the figure: what differs is the price of merging panes. The number of results is checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from benchmarks.figures import emit
+from rayflow.core.ids import MAX_WATERMARK, CheckpointId
+from rayflow.operators import aggregates as rf
+from rayflow.operators.base import MAIN, OperatorContext
+from rayflow.operators.windowing.sliding import Sliding
+from rayflow.operators.windows import LocalCombine, WindowAggregate
+
+EVERY_US = 10_000_000
+OVERLAPS = (2, 10, 100)
+ROWS_PER_S = 10_000
+BATCH_ROWS = 65_536
+SNAPSHOT_BATCHES = 50
+
+
+class Feed:
+    """Output of one operator that is the input of the next, or counts rows."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.batches: list[pa.RecordBatch] = []
+
+    def emit(self, batch: pa.RecordBatch, tag: str = MAIN) -> None:
+        self.rows += batch.num_rows
+        self.batches.append(batch)
+
+
+def batches(rows: int, keys: int) -> list[pa.RecordBatch]:
+    rng = np.random.default_rng(7)
+    made = []
+    for start in range(0, rows, BATCH_ROWS):
+        count = min(BATCH_ROWS, rows - start)
+        times = pa.array(np.arange(start, start + count) * (1_000_000 // ROWS_PER_S)).view(pa.timestamp("us"))
+        columns = [pa.array(rng.integers(0, keys, count)), times, pa.array(rng.integers(0, 1_000, count))]
+        made.append(pa.RecordBatch.from_arrays(columns, names=["k", "t", "v"]))
+    return made
+
+
+def seconds(data: list[pa.RecordBatch], overlap: int) -> tuple[float, int]:
+    """How long it takes, and how many results there are."""
+    what: dict[str, Any] = {
+        "keys": ("k",),
+        "spec": Sliding(overlap * EVERY_US, EVERY_US),
+        "aggregates": {"n": rf.count(), "total": rf.sum("v"), "highest": rf.max("v")},
+        "event_time": "t",
+    }
+    combine, window = LocalCombine(**what).build(), WindowAggregate(**what, input_is_partial=True).build()
+    middle, out = Feed(), Feed()
+    ctx = OperatorContext("bench", "run", "op", "bench", 0, 1, 128, 1, range(128), lambda: 0.0)
+    combine.open(ctx, middle)
+    window.open(ctx, out)
+    began = time.perf_counter()
+    for number, batch in enumerate(data):
+        combine.process(batch, 0)
+        for partials in middle.batches:
+            window.process(partials, 0)
+        middle.batches.clear()
+        window.on_watermark(batch.column("t")[-1].value)
+        out.batches.clear()
+        if number % SNAPSHOT_BATCHES == 0:
+            window.snapshot(CheckpointId(number + 1))
+    window.on_watermark(MAX_WATERMARK)
+    return time.perf_counter() - began, out.rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=20_000_000)
+    parser.add_argument("--keys", type=int, default=1_000)
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    data = batches(options.rows, options.keys)
+    panes = -(-options.rows * (1_000_000 // ROWS_PER_S) // EVERY_US)
+    took: dict[int, list[float]] = {overlap: [] for overlap in OVERLAPS}
+    complete = True
+    for _ in range(options.repeats):
+        for overlap in OVERLAPS:
+            elapsed, results = seconds(data, overlap)
+            took[overlap].append(elapsed)
+            complete = complete and results == (panes + overlap - 1) * options.keys
+    emit("sliding windows: every key in every window", float(complete), "bool", 1.0, complete)
+    rates = {overlap: options.rows / statistics.median(took[overlap]) / 1e6 for overlap in OVERLAPS}
+    for overlap, rate in rates.items():
+        emit(f"sliding windows, size/slide {overlap}", round(rate, 2), "M rows/s a core", None, True)
+    spread = 1 - min(rates.values()) / max(rates.values())
+    emit("sliding windows, slowest below fastest", round(100 * spread, 1), "%", 25, spread <= 0.25)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Windows as users write them, run in this process: against DuckDB, through parallelism and the combiner."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pytest
+
+import rayflow as rf
+
+ROWS = 3_000
+
+
+@pytest.fixture(scope="module")
+def events() -> pa.Table:
+    """Rows up to 3 s out of order; gaps of 20 s every 100 s."""
+    times = [(i // 7) * 1_000_000 + (i // 700) * 20_000_000 - (i * 7919 % 3_000_000) for i in range(ROWS)]
+    return pa.table(
+        {
+            "k": [f"k{i * 31 % 5}" for i in range(ROWS)],
+            "t": pa.array(times, pa.timestamp("us", "UTC")),
+            "v": [i * 37 % 101 for i in range(ROWS)],
+        }
+    )
+
+
+def ran(stream: rf.Stream, *, parallelism: int) -> list[tuple[Any, ...]]:
+    config = rf.JobConfig(batch_rows=64, watermark_interval="1ms")
+    table = rf.Flow("windows", stream.collect()).run(local=True, parallelism=parallelism, config=config).table()
+    return sorted(tuple(row.values()) for row in table.to_pylist())
+
+
+def keyed(events: pa.Table) -> rf.KeyedStream:
+    return rf.from_arrow(events, batch_rows=50, event_time="t", max_delay="4s").key_by("k")
+
+
+def duck(events: pa.Table, sql: str) -> list[tuple[Any, ...]]:
+    with duckdb.connect() as db:
+        db.execute("set timezone = 'UTC'")
+        db.register("events", events)
+        return sorted(tuple(row.values()) for row in db.sql(sql).to_arrow_table().to_pylist())
+
+
+def same(found: Sequence[tuple[Any, ...]], expected: Sequence[tuple[Any, ...]]) -> bool:
+    return [tuple(map(str, row)) for row in found] == [tuple(map(str, row)) for row in expected]
+
+
+@pytest.mark.parametrize("parallelism", [1, 2, 4])
+@pytest.mark.parametrize("late_too", [False, True])
+def test_sliding_windows_equal_duckdb(events: pa.Table, parallelism: int, late_too: bool) -> None:
+    """Also without the combiner: it is left out where the late rows are used."""
+    counted = keyed(events).window(rf.sliding("10s", every="4s", offset="1s")).agg(n=rf.count(), total=rf.sum("v"))
+    expected = duck(
+        events,
+        """select k, s as window_start, s + interval 10 seconds as window_end, count(*) n, sum(v)::bigint total
+           from (select *, unnest(range(0, 3)) i from events),
+           lateral (select time_bucket(interval 4 seconds, t, timestamptz '1970-01-01 00:00:01Z')
+                           - i * interval 4 seconds as s)
+           where t < s + interval 10 seconds group by all""",
+    )
+    if late_too:
+        config = rf.JobConfig(batch_rows=64)
+        result = rf.Flow("both", counted.collect(name="main"), counted.late.collect(name="late")).run(
+            local=True, parallelism=parallelism, config=config
+        )
+        assert result.table("late").num_rows == 0
+        found = sorted(tuple(row.values()) for row in result.table("main").to_pylist())
+    else:
+        found = ran(counted, parallelism=parallelism)
+    assert same(found, expected)
+
+
+def test_windows_of_sliding_windows_lose_nothing(events: pa.Table) -> None:
+    first = keyed(events).window(rf.sliding("10s", every="5s")).agg(n=rf.count())
+    again = first.key_by("k").window(rf.tumbling("20s")).agg(total=rf.sum("n"))
+    assert sum(row[-1] for row in ran(again, parallelism=2)) == 2 * ROWS
+
+
+def test_what_is_no_window_is_refused(events: pa.Table) -> None:
+    with pytest.raises(rf.PlanError, match=r"step 'window' \(test_windows.py:\d+\).*rf.tumbling.*got '10s'"):
+        keyed(events).window("10s")  # type: ignore[arg-type]
+    with pytest.raises(rf.PlanError, match="no event time"):
+        rf.from_arrow(events).key_by("k").window(rf.sliding("10s", every="5s"))
