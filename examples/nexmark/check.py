@@ -72,6 +72,10 @@ class Oracle:
         self._run(f"copy ({query.sql}) to {_quoted(target)} (format parquet)")
         return time.perf_counter() - began
 
+    def expected(self, query: Query) -> pa.Table:
+        """What DuckDB gives."""
+        return self._con.sql(query.sql).to_arrow_table()
+
     def difference(self, query: Query, output: pa.Table | Path) -> Difference:
         """``output``: the rows of the flow, or the folder of its Parquet files."""
         if isinstance(output, Path):

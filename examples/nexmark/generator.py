@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import Enum
 from functools import cache
 from typing import Final
@@ -90,6 +90,15 @@ class Nexmark:
                 raise ConfigError(f"Nexmark({name}) must be at least 1, got {getattr(self, name)}")
         object.__setattr__(self, "_gap_us", 1e6 / self.rate)
         object.__setattr__(self, "_delay_us", duration_us(self.out_of_order, what="Nexmark(out_of_order)"))
+
+    @property
+    def longest_auction(self) -> timedelta:
+        """No auction lasts longer: twice the time in which as many begin as may be in flight, and a millisecond."""
+        return timedelta(microseconds=1_000 + self._auction_spread_us)
+
+    @property
+    def _auction_spread_us(self) -> int:
+        return max(2 * int(self.in_flight_auctions * TOTAL / AUCTIONS * self._gap_us), 1)
 
     def count(self, kind: Kind) -> int:
         """Rows of this kind among the events."""
@@ -219,8 +228,7 @@ def _seller(rows: _Rows) -> pa.Array:
 
 def _expires(rows: _Rows) -> pa.Array:
     """On average when so many more auctions as may be in flight have begun."""
-    horizon = int(rows.config.in_flight_auctions * TOTAL / AUCTIONS * rows.config._gap_us)
-    length = 1000 + np.floor(unit(rows.bits(23)) * max(2 * horizon, 1)).astype(np.int64)
+    length = 1_000 + np.floor(unit(rows.bits(23)) * rows.config._auction_spread_us).astype(np.int64)
     return _timestamps(rows.config.times(rows.numbers) + length)
 
 

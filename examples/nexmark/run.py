@@ -9,7 +9,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -124,7 +124,7 @@ def held(streams: Events, gate: Path) -> Events:
     def hold(stream: Stream) -> Stream:
         return stream.map_batches(HoldBack, fn_constructor_args=(str(gate),), schema=stream.schema)
 
-    return Events(hold(streams.person), hold(streams.auction), hold(streams.bid))
+    return replace(streams, person=hold(streams.person), auction=hold(streams.auction), bid=hold(streams.bid))
 
 
 def kill_one(job: Job, rng: random.Random) -> str:

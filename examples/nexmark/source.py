@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from itertools import pairwise
 
 import pyarrow as pa
@@ -73,6 +74,8 @@ class Events:
     person: Stream
     auction: Stream
     bid: Stream
+    longest_auction: timedelta
+    """No auction lasts longer."""
 
 
 def events(config: Nexmark, *, split_rows: int = 250_000, batch_rows: int = 32_768) -> Events:
@@ -84,4 +87,4 @@ def events(config: Nexmark, *, split_rows: int = 250_000, batch_rows: int = 32_7
             source, event_time="dateTime", max_delay=config.out_of_order, label="nexmark", detail=kind.value
         )
 
-    return Events(stream(Kind.PERSON), stream(Kind.AUCTION), stream(Kind.BID))
+    return Events(stream(Kind.PERSON), stream(Kind.AUCTION), stream(Kind.BID), config.longest_auction)
