@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +24,9 @@ class UserAggregate(ABC):
     Which rows come together in one call is not defined: `merge` must be associative and commutative, and merging what
     `init` gives for single rows must be what it gives for all of them at once.
 
-    All three are called once with no rows while the flow is built: their types, and those of the accumulator's fields,
-    must not depend on the data. The functions keep nothing between calls.
+    The types of accumulators and results must not depend on the data: they are taken from a call with one row of zero
+    (or of an empty string or list) while the flow is built. The functions are never called without a row, and they keep
+    nothing between calls.
 
     ```python
     class GeometricMean(rf.UserAggregate):
@@ -67,8 +69,8 @@ class UserBound(Bound):
 
     @staticmethod
     def of_rows(name: str, user: UserAggregate, kind: pa.DataType) -> UserBound:
-        """For values of ``kind``. Raises `PlanError` if the functions do not work on no rows."""
-        return _bound(name, user, lambda: user.init(pa.array([], kind), np.zeros(0, np.int64), 0))
+        """For values of ``kind``. Raises `PlanError` if the functions do not work on a row of zero."""
+        return _bound(name, user, lambda: user.init(_zero(kind), np.zeros(1, np.int64), 1))
 
     @staticmethod
     def of_partials(name: str, user: UserAggregate, schema: pa.Schema) -> UserBound:
@@ -77,8 +79,8 @@ class UserBound(Bound):
         fields = [field.with_name(field.name[len(prefix) :]) for field in schema if field.name.startswith(prefix)]
         if not fields:
             raise PlanError(f"aggregate {name!r} expects partial results with columns {prefix!r}*, got {schema.names}")
-        given = pa.array([], pa.struct(fields))
-        bound = _bound(name, user, lambda: user.merge(given, np.zeros(0, np.int64), 0))
+        given = _zero(pa.struct(fields))
+        bound = _bound(name, user, lambda: user.merge(given, np.zeros(1, np.int64), 1))
         if not bound.accumulator.equals(given.type):
             raise PlanError(
                 f"aggregate {name!r}: merge of {type(user).__name__} makes {bound.accumulator} of the partial results "
@@ -108,6 +110,8 @@ class UserBound(Bound):
         return self._accumulators("merge", accumulators, grouped.ids, grouped.groups)
 
     def finalise(self, parts: list[Column], rows: pa.Array) -> pa.Array:
+        if len(rows) == 0:
+            return pa.array([], self.kind)
         found = _call(self.name, self.user, "finish", self._struct(parts))
         if not isinstance(found, pa.Array) or not found.type.equals(self.kind) or len(found) != len(rows):
             raise self._wrong("finish", f"an array of {len(rows)} {self.kind}", _shape(found))
@@ -117,6 +121,8 @@ class UserBound(Bound):
         return pa.StructArray.from_arrays([flat(part) for part in parts], fields=list(self.accumulator))
 
     def _accumulators(self, function: str, column: pa.Array, groups: Any, n: int) -> list[Column]:
+        if n == 0:
+            return [pa.array([], field.type) for field in self.accumulator]
         found = _as_struct(_call(self.name, self.user, function, column, groups, n))
         if not isinstance(found, pa.StructArray) or not found.type.equals(self.accumulator) or len(found) != n:
             raise self._wrong(function, f"{n} of {self.accumulator}", _shape(found))
@@ -131,23 +137,24 @@ class UserBound(Bound):
 
 
 def _bound(name: str, user: UserAggregate, first: Any) -> UserBound:
-    """Types from what the functions make of no rows."""
+    """Types from what the functions make of one row. Not of none: NumPy's bincount changes its type then."""
     try:
-        accumulators = _as_struct(first())
-        if not isinstance(accumulators, pa.StructArray) or not accumulators.type.num_fields:
-            raise TypeError(f"accumulators must be a struct array with fields or a record batch, got {accumulators!r}")
-        if any(pa.types.is_null(field.type) for field in accumulators.type):
-            raise TypeError(f"give the fields of accumulators a type that is not null, got {accumulators.type}")
-        merged = _as_struct(user.merge(accumulators, np.zeros(0, np.int64), 0))
-        if not isinstance(merged, pa.StructArray) or not merged.type.equals(accumulators.type):
-            raise TypeError(f"merge must return {accumulators.type} as came in, got {_shape(merged)}")
-        results = user.finish(accumulators)
-        if not isinstance(results, pa.Array):
-            raise TypeError(f"finish must return an array, got {results!r}")
+        with np.errstate(all="ignore"):
+            accumulators = _as_struct(first())
+            if not isinstance(accumulators, pa.StructArray) or not accumulators.type.num_fields:
+                raise TypeError(f"accumulators must be structs with fields, or a record batch, got {accumulators!r}")
+            if any(pa.types.is_null(field.type) for field in accumulators.type):
+                raise TypeError(f"give the fields of accumulators a type that is not null, got {accumulators.type}")
+            merged = _as_struct(user.merge(accumulators, np.zeros(1, np.int64), 1))
+            if not isinstance(merged, pa.StructArray) or not merged.type.equals(accumulators.type):
+                raise TypeError(f"merge must return {accumulators.type} as came in, got {_shape(merged)}")
+            results = user.finish(accumulators)
+            if not isinstance(results, pa.Array):
+                raise TypeError(f"finish must return an array, got {results!r}")
     except Exception as error:
         raise PlanError(
-            f"aggregate {name!r}: {type(user).__name__} does not work on no rows, and its types are taken from what it "
-            f"makes of none: {error}"
+            f"aggregate {name!r}: {type(user).__name__} does not work on a row of zero, and its types are taken "
+            f"from that: {error}"
         ) from error
     return UserBound(name, user, accumulators.type, results.type)
 
@@ -159,6 +166,18 @@ def _call(name: str, user: UserAggregate, function: str, *args: Any) -> Any:
         raise UserCodeError(
             f"aggregate {name!r}: {type(user).__name__}.{function} raised {type(error).__name__}: {error}"
         ) from error
+
+
+def _zero(kind: pa.DataType) -> pa.Array:
+    """One value of the type that is not null, where there is such a value."""
+    if pa.types.is_struct(kind):
+        return pa.StructArray.from_arrays([_zero(field.type) for field in kind], fields=list(kind))
+    width = kind.byte_width if pa.types.is_fixed_size_binary(kind) else 0
+    candidates: tuple[Any, ...] = (0, False, "", bytes(width), [])
+    for value in candidates:
+        with suppress(pa.ArrowException, TypeError, ValueError):
+            return pa.array([value], kind)
+    return pa.nulls(1, kind)
 
 
 def _as_struct(found: Any) -> Any:

@@ -14,10 +14,10 @@ from rayflow.operators.preaggregate import Preaggregation
 TIME = pa.timestamp("us")
 
 
-def batch_of(values: list[Any], kind: pa.DataType | None = None, keys: list[Any] | None = None) -> pa.RecordBatch:
+def batch_of(values: Any, kind: pa.DataType | None = None, keys: Any = None) -> pa.RecordBatch:
     rows = len(values)
     times = pa.array(np.arange(rows), TIME)
-    return pa.record_batch({"k": keys or [0] * rows, "x": pa.array(values, kind), "t": times})
+    return pa.record_batch({"k": [0] * rows if keys is None else keys, "x": pa.array(values, kind), "t": times})
 
 
 def plan_of(batch: pa.RecordBatch, **aggregates: Aggregate) -> Preaggregation:
