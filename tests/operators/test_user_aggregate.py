@@ -6,6 +6,7 @@ import inspect
 import re
 import textwrap
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -83,7 +84,7 @@ def test_any_cut_gives_the_same(rows: list[tuple[int, int | None]], cuts: list[i
     assert "mean.weight" in plan.schema.names, "partial results can be read by whoever opens a checkpoint"
     edges = sorted({0, len(rows), *(cut for cut in cuts if cut < len(rows))})
     parts = []
-    for i, (a, b) in enumerate(zip(edges, edges[1:], strict=False)):  # noqa: RUF007
+    for i, (a, b) in enumerate(pairwise(edges)):
         part = batch.slice(a, b - a)
         parts.append((plan.singles if i % 2 else plan.combine_rows)(part, times_of(part), 0))
     again = Preaggregation.of_partials(("k",), aggregates, plan.schema)
