@@ -193,6 +193,8 @@ class HeapColumn:
             self._clean()
 
     def same(self, slots: Int64Array, prepared: pa.Array, rows: Int64Array | None) -> BoolArray:
+        if pa.types.is_null(self._stored):
+            return np.ones(len(slots), np.bool_)
         stored = self._take(slots)
         wanted = prepared if rows is None else prepared.take(pa.array(rows))
         equal: BoolArray = pc.equal(stored, wanted).fill_null(False).to_numpy(zero_copy_only=False)

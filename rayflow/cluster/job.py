@@ -252,7 +252,13 @@ class Job:
         """
         copier = self._copier(savepoint if isinstance(savepoint, str) else None, storage_options) if savepoint else None
         self._ask("request_checkpoint", CheckpointKind.STOP)
-        result = self.wait(timeout)
+        try:
+            result = self.wait(timeout)
+        except TimeoutError:
+            raise TimeoutError(
+                f"job {self.name} was told to stop and has not ended within {timeout:g} s; it will: call wait(), or "
+                f"stop() again{' for the savepoint' if copier is not None else ''}"
+            ) from None
         if copier is None:
             return result
         assert self._ended is not None
@@ -265,7 +271,8 @@ class Job:
 
         Steps whose parallelism the flow sets itself keep it. Everything that can be checked is checked before the job
         is stopped. ``savepoint`` says where to write it; it stays, and is what to start from if starting fails. Raises
-        `ConfigError` for a parallelism the job cannot have, `ClusterError` if the cluster is too small.
+        `ConfigError` for a parallelism the job cannot have, `ClusterError` if the cluster is too small, or, naming the
+        savepoint, if the stopped job could not be started again.
         """
         package = self._stores()
         data = self._ask("replan")
@@ -279,14 +286,20 @@ class Job:
         check_cluster(plan)
         where = self.stop(timeout, savepoint=savepoint or True).savepoint
         assert where is not None
-        return submit(
-            plan,
-            package.config,
-            package.checkpoints,
-            run_id=secrets.token_hex(6),
-            start=where,
-            plan_for=plan_for,
-        )
+        try:
+            return submit(
+                plan,
+                package.config,
+                package.checkpoints,
+                run_id=secrets.token_hex(6),
+                start=where,
+                plan_for=plan_for,
+            )
+        except Exception as error:
+            raise ClusterError(
+                f"job {self.name} is stopped, and could not be started at parallelism {parallelism}: {error}; nothing "
+                f"is lost: run the flow with start={where!r}"
+            ) from error
 
     def cancel(self) -> None:
         """End the job at once. What is committed stays; what is not is dropped. Returns when no process is left."""

@@ -108,3 +108,10 @@ def test_growing_removing_and_reusing_agree_with_a_dict(kind: pa.DataType) -> No
             model.pop(key, None)
         assert index.count == len(model) == int(np.count_nonzero(index.alive))
     assert index.high < 25_000, "slots are reused"
+
+
+def test_a_column_of_nulls_alone_is_one_key() -> None:
+    index = KeyIndex(pa.schema([("k", pa.null())]))
+    slots, new = index.insert([pa.nulls(3)])
+    assert len(new) == 1
+    assert slots.tolist() == index.find([pa.nulls(3)]).tolist()

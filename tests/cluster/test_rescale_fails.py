@@ -1,0 +1,62 @@
+"""A rescale that stops the job and cannot start it again, without a cluster."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+import rayflow as rf
+from rayflow.cluster import job as jobs
+from rayflow.cluster.job import Job
+from rayflow.cluster.package import JobPackage
+from rayflow.config import CheckpointConfig, JobConfig
+from rayflow.errors import ClusterError
+from rayflow.runtime.results import JobResult
+
+SAVEPOINT = "file:///somewhere/savepoints/00000007-abcd"
+
+
+class _Stopped(Job):
+    """Ends when it is told to, unless ``ends`` is false."""
+
+    def __init__(self, *, ends: bool = True) -> None:
+        flow = rf.Flow("totals", rf.from_arrow(pa.table({"k": [1]})).collect())
+        config = JobConfig()
+        package = JobPackage(
+            flow.plan(parallelism=1, config=config), config, CheckpointConfig("/x"), "run", "t", "latest"
+        )
+        super().__init__("totals:run", None, package)
+        self._ends = ends
+
+    def _ask(self, method: str, *args: Any) -> Any:
+        return b"a flow" if method == "replan" else None
+
+    def _copied(self, *args: Any) -> str:
+        return SAVEPOINT
+
+    def _copier(self, *args: Any) -> Any:
+        return object()
+
+    def stop(self, *args: Any, **kwargs: Any) -> JobResult:
+        if not self._ends:
+            return super().stop(*args, **kwargs)
+        return JobResult("totals", "stopped", 7, 0, {}, (), {}, savepoint=SAVEPOINT)
+
+
+def test_the_savepoint_is_named_when_the_job_cannot_be_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> Job:
+        raise ClusterError("the cluster is gone")
+
+    job = _Stopped()
+    monkeypatch.setattr(jobs, "unpack_replan", lambda data: lambda n: job._stores().plan)
+    monkeypatch.setattr(jobs, "check_cluster", lambda plan: None)
+    monkeypatch.setattr(jobs, "submit", refuse)
+    with pytest.raises(ClusterError, match=r"is stopped, .* the cluster is gone; .* start='file:///somewhere"):
+        job.rescale(2)
+
+
+def test_a_stop_that_takes_too_long_does_not_say_that_the_job_goes_on() -> None:
+    with pytest.raises(TimeoutError, match="was told to stop .* stop\\(\\) again for the savepoint"):
+        _Stopped(ends=False).stop(0.0, savepoint=True)
