@@ -212,16 +212,41 @@ class Stream:
         *,
         max_delay: Duration | None = None,
         idle_timeout: Duration | None = None,
+        max_ahead: Duration | None = None,
+        on_ahead: Literal["fail", "skip"] = "fail",
+        max_drift: Duration | None = None,
         name: str | None = None,
     ) -> Stream:
-        """Use ``column`` (timestamp or date) as event time.
+        """Use ``column`` as event time: a timestamp of any unit and zone, or a date; or an expression that makes one,
+        which adds its column (``rf.col("ms").cast("timestamp[ms]").alias("time")``). Without a zone it is UTC.
 
         ``max_delay`` bounds how late a row may come behind the latest one before it in reading order. None: rows may
         come in any order, so windows fire at the end of the input.
+        ``idle_timeout``: a source without rows for so long does not hold event time back. When it has rows again, those
+        older than the watermark are late: results then depend on when rows come, so none by default.
+        ``max_ahead``: rows whose time is further ahead of the clock fail the job, or with ``on_ahead="skip"`` are
+        dropped and counted. None, the default: the same input gives the same result, whenever it is read.
+        ``max_drift``: of the sources that say this, those that are further ahead of the slowest wait for it.
+
+        Right behind a source this is done by the source, for each of its splits where they are read side by side.
         """
-        event_time = event_time_of(column, max_delay, idle_timeout)
+        stream: Stream = self
+        if not isinstance(column, str):
+            expr = as_expr(column)
+            column, stream = expr.output_name(), self._with({expr.output_name(): expr}, None)
+        event_time = event_time_of(
+            column, max_delay, idle_timeout=idle_timeout, max_ahead=max_ahead, on_ahead=on_ahead, max_drift=max_drift
+        )
         assert event_time is not None
-        return self._step("with_event_time", AssignEventTime(event_time), detail=column, name=name, event_time=column)
+        source = stream._node if stream._node.source is not None else None
+        return stream._step(
+            "with_event_time",
+            AssignEventTime(event_time),
+            detail=column,
+            name=name,
+            parallelism=None if source is None else source.parallelism,  # to be done by the source, see plan.py
+            event_time=column,
+        )
 
     def key_by(self, *keys: ExprLike) -> KeyedStream:
         """Rows of equal keys meet in one subtask. Keys are column names or named expressions."""
@@ -389,15 +414,39 @@ class DeduplicatedStream(Stream):
         return Stream(self._node, tag="late")
 
 
-def event_time_of(column: str | None, max_delay: Duration | None, idle_timeout: Duration | None) -> EventTime | None:
+def event_time_of(
+    column: str | None,
+    max_delay: Duration | None,
+    *,
+    idle_timeout: Duration | None = None,
+    max_ahead: Duration | None = None,
+    on_ahead: Literal["fail", "skip"] = "fail",
+    max_drift: Duration | None = None,
+) -> EventTime | None:
+    """Raises `PlanError` for options that mean nothing together, `ConfigError` for what is no duration."""
     if column is None:
         if max_delay is not None:
             raise PlanError(f"max_delay={max_delay!r} needs event_time= to name the column it speaks of")
         return None
-    delay = None if max_delay is None else duration_us(max_delay, what="max_delay")
-    if idle_timeout is not None:
-        raise PlanError(
-            f"idle_timeout={idle_timeout!r} is not there yet: a quiet source holds event time back until it ends; "
-            "leave the option out"
-        )
-    return EventTime(column, delay)
+    for option, value in (("idle_timeout", idle_timeout), ("max_drift", max_drift)):
+        if value is not None and max_delay is None:
+            raise PlanError(
+                f"{option}={value!r} needs max_delay: without one event time advances at the end of the input only; "
+                'say how late rows may be, max_delay="0s" if they are in order'
+            )
+    if on_ahead not in ("fail", "skip"):
+        raise PlanError(f'on_ahead must be "fail" or "skip", got {on_ahead!r}')
+    if on_ahead == "skip" and max_ahead is None:
+        raise PlanError('on_ahead="skip" needs max_ahead, which says what is too far in the future')
+
+    def us(what: str, value: Duration | None, minimum_us: int) -> int | None:
+        return None if value is None else duration_us(value, what=what, minimum_us=minimum_us)
+
+    return EventTime(
+        column,
+        us("max_delay", max_delay, 0),
+        idle_timeout_us=us("idle_timeout", idle_timeout, 1_000),
+        max_ahead_us=us("max_ahead", max_ahead, 0),
+        on_ahead=on_ahead,
+        max_drift_us=us("max_drift", max_drift, 1_000),
+    )
