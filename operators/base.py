@@ -280,6 +280,14 @@ class Operator(ABC):
         """Event time has reached ``time`` (us). Emit what is due, then return the watermark to pass on (rule W1)."""
         return time
 
+    def on_idle(self, inputs_idle: bool) -> bool:
+        """Asked from time to time: whether nothing more will come out of here for now, so that others need not wait.
+
+        ``inputs_idle``: no rows will come in for now. An operator that then still holds rows which it will emit by
+        itself (in flight, or on a timer) must return False: what it emits later could be late.
+        """
+        return inputs_idle
+
     def next_timer(self) -> float | None:
         """The `OperatorContext.wall_time` at which `on_time` should be called next; None: not at all."""
         return None
@@ -380,6 +388,13 @@ class EventTime:
     column: str
     max_delay_us: int | None = None
     idle_timeout_us: int | None = None
+    """A split, or for `with_event_time` a subtask, without rows for so long holds event time back no more."""
+    max_ahead_us: int | None = None
+    """How far ahead of the wall clock an event time may be; None: as far as it likes."""
+    on_ahead: Literal["fail", "skip"] = "fail"
+    """What becomes of rows further ahead."""
+    max_drift_us: int | None = None
+    """A source whose watermark is further ahead than this of the slowest that has such a bound stops reading."""
 
 
 # --------------------------------------------------------------------------------------------------------------- sinks

@@ -9,7 +9,8 @@ is therefore ``newest - max_delay_us``, to the microsecond, with nothing more to
 
 from __future__ import annotations
 
-from typing import Any, Final, Literal
+from collections.abc import Callable
+from typing import Final, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -143,39 +144,75 @@ class EventTimeReader:
 
 
 class WatermarkTracker:
-    """Turns the rows of one source split or stream into its watermark (rule W1)."""
+    """Turns the rows of one source split or stream into its watermark (rule W1).
 
-    def __init__(self, event_time: EventTime, *, on_error: OnNullTime = "fail", where: str = "event time") -> None:
+    With a bound on the future, rows further ahead of the wall clock than ``max_ahead_us`` do not advance it: one row
+    with a wrong date would close every window until then. They fail the job, or are dropped and counted.
+    """
+
+    def __init__(
+        self,
+        event_time: EventTime,
+        *,
+        on_error: OnNullTime = "fail",
+        where: str = "event time",
+        wall_time: Callable[[], float] = lambda: 0.0,
+    ) -> None:
+        self._event_time = event_time
         self._max_delay_us = event_time.max_delay_us
+        self._where = where
+        self._wall_time = wall_time
         self._reader = EventTimeReader(event_time.column, on_error=on_error, where=where)
         self.watermark = MIN_WATERMARK
         """No row with event time below it follows. Stays `MIN_WATERMARK` without a max delay."""
         self.newest: int | None = None
         """Largest event time seen, us; None before the first row."""
+        self.ahead_rows = 0
+        """Rows dropped because they were too far in the future."""
 
     @property
     def skipped_rows(self) -> int:
-        return self._reader.skipped_rows
+        return self._reader.skipped_rows + self.ahead_rows
 
     def observe(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        """Take the event times of ``batch`` into account; returns it, without the rows skipped for a null time."""
-        batch, _, _, latest = self._reader.read(batch)
-        if batch.num_rows and (self.newest is None or latest > self.newest):
+        """Take the event times of ``batch`` into account; returns it, without the rows that are skipped."""
+        batch, times, _, latest = self._reader.read(batch)
+        bound_us = self._event_time.max_ahead_us
+        if bound_us is not None and batch.num_rows:
+            horizon = int(self._wall_time() * 1_000_000) + bound_us
+            if latest > horizon:
+                batch, latest = self._without_future(batch, times, horizon, bound_us)
+        if batch.num_rows:
+            self._seen(latest)
+        return batch
+
+    def _without_future(
+        self, batch: pa.RecordBatch, times: pa.Array, horizon: int, bound_us: int
+    ) -> tuple[pa.RecordBatch, int]:
+        """(the rows up to ``horizon``, the latest of them); raises `DataError` naming the first other one."""
+        kept = pc.less_equal(times, horizon)
+        beyond = batch.num_rows - (pc.sum(kept).as_py() or 0)
+        if self._event_time.on_ahead == "fail":
+            row = pc.index(kept, False).as_py()
+            raise DataError(
+                f"{self._where}: the event time {self._event_time.column!r} of {beyond} of {batch.num_rows} rows is "
+                f"more than max_ahead ({bound_us / 1e6:g} s) ahead of the clock, the first is row {row} of the batch: "
+                f'{batch.slice(row, 1).to_pylist()[0]}; repair the rows, or skip and count them with on_ahead="skip"'
+            )
+        self.ahead_rows += beyond
+        times = times.filter(kept)
+        return batch.filter(kept), pc.max(times).as_py() if len(times) else 0
+
+    def _seen(self, latest: int) -> None:
+        if self.newest is None or latest > self.newest:
             self.newest = latest
             if self._max_delay_us is not None:
                 self.watermark = max(self.watermark, latest - self._max_delay_us)
-        return batch
 
-    def position(self) -> Any:
-        """JSON to store beside a source position, so that a restored tracker goes on from where it was."""
-        return self.newest
-
-    def restore(self, position: Any) -> None:
-        """Take back what `position` gave."""
-        if position is not None:
-            self.newest = int(position)
-            if self._max_delay_us is not None:
-                self.watermark = self.newest - self._max_delay_us
+    def restore(self, newest: int | None) -> None:
+        """Go on from what ``newest`` of an earlier tracker was; never back (W1)."""
+        if newest is not None:
+            self._seen(newest)
 
 
 __all__ = [

@@ -16,7 +16,7 @@ import pyarrow as pa
 from rayflow.core.ids import MAX_WATERMARK
 from rayflow.errors import ConfigError, PlanError
 from rayflow.expressions import Expr
-from rayflow.operators.base import EventTime, Operator, OperatorContext, Output
+from rayflow.operators.base import EventTime, Operator, OperatorContext, OperatorFactory, Output
 from rayflow.operators.event_time import OnNullTime, WatermarkTracker, check_event_time
 from rayflow.operators.faults import UNLOCATED, located
 from rayflow.operators.user_code import FlatMap, Map, MapBatches
@@ -224,6 +224,15 @@ class AssignEventTime:
             check_event_time(schema, self.event_time.column, step="with_event_time")
         return schema
 
+    @property
+    def needs_source(self) -> bool:
+        """Whether this step can only be done by a source; planning sees to it."""
+        return self.event_time.max_drift_us is not None
+
+    def at_source(self) -> tuple[EventTime, OperatorFactory] | None:
+        """What the source in front of this step may do in its place, split by split, and what is left to do here."""
+        return (self.event_time, Identity()) if self.on_error == "fail" else None
+
     def build(self) -> Operator:
         return EventTimeOperator(self)
 
@@ -237,7 +246,10 @@ class EventTimeOperator(Operator):
 
     def open(self, ctx: OperatorContext, out: Output) -> None:
         Operator.open(self, ctx, out)
-        self._tracker = WatermarkTracker(self._factory.event_time, on_error=self._factory.on_error, where=str(ctx))
+        self._tracker = WatermarkTracker(
+            self._factory.event_time, on_error=self._factory.on_error, where=str(ctx), wall_time=ctx.wall_time
+        )
+        self._rows_at = ctx.now()
 
     @property
     def skipped_rows(self) -> int:
@@ -252,6 +264,11 @@ class EventTimeOperator(Operator):
         batch = self._tracker.observe(batch)
         if batch.num_rows:
             self.out.emit(batch)
+        self._rows_at = self.ctx.now()  # the rest of the chain may have taken its time
+
+    def on_idle(self, inputs_idle: bool) -> bool:
+        timeout_us = self._factory.event_time.idle_timeout_us
+        return inputs_idle or (timeout_us is not None and (self.ctx.now() - self._rows_at) * 1e6 >= timeout_us)
 
     def on_watermark(self, time: int) -> int:
         self._ended = self._ended or time == MAX_WATERMARK

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from rayflow.operators.base import EventTime
+from rayflow.operators.stateless import AssignEventTime
 from rayflow.plan import Chain, Plan
 
 
@@ -25,11 +27,13 @@ def _steps(chain: Chain) -> list[str]:
         source = chain.source
         lines.append(f"  {source.title} {source.detail}".rstrip())
         if source.event_time is not None:
-            delay = source.event_time.max_delay_us
-            known = "any order: event time advances at the end" if delay is None else f"max delay {delay / 1e6:g} s"
-            lines.append(f"    event time {source.event_time.column!r}, {known}")
+            lines.append(f"    {event_time_text(source.event_time)}")
+            if not source.source.bounded:
+                lines.append("    watermark: the lowest of the splits, which are read in turns")
     for operator in chain.operators:
         lines.append(f"  {operator.title} {operator.detail}".rstrip())
+        if isinstance(operator.factory, AssignEventTime):
+            lines.append(f"    {event_time_text(operator.factory.event_time)}")
         keys = getattr(operator.factory, "keys", ())
         if operator.stateful:
             lines.append("    state" + (f", keyed by {', '.join(keys)}" if keys else ", of the operator"))
@@ -37,6 +41,25 @@ def _steps(chain: Chain) -> list[str]:
             guarantee = "exactly once" if getattr(operator.factory, "exactly_once", True) else "at least once"
             lines.append(f"    sink, {guarantee}")
     return lines
+
+
+def event_time_text(event_time: EventTime) -> str:
+    """``event time 'at', max delay 5 s, idle after 30 s, at most 60 s ahead of the clock (fail)``, and so on."""
+    delay, idle = event_time.max_delay_us, event_time.idle_timeout_us
+    ahead, drift = event_time.max_ahead_us, event_time.max_drift_us
+    parts = [f"event time {event_time.column!r}"]
+    parts.append("any order: event time advances at the end" if delay is None else f"max delay {_seconds(delay)}")
+    if idle is not None:
+        parts.append(f"idle after {_seconds(idle)}")
+    if ahead is not None:
+        parts.append(f"at most {_seconds(ahead)} ahead of the clock (else {event_time.on_ahead})")
+    if drift is not None:
+        parts.append(f"waits when {_seconds(drift)} ahead of the slowest source")
+    return ", ".join(parts)
+
+
+def _seconds(us: int) -> str:
+    return f"{us / 1e6:g} s"
 
 
 def to_mermaid(plan: Plan) -> str:

@@ -74,10 +74,12 @@ class Node:
         """
         if self._schema:
             return self._schema[0]
-        upstream = [i.node.schema(look=look) if i.tag == MAIN_TAG else i.node.side_schema(i.tag) for i in self.inputs]
+        upstream = self.input_schemas(look=look)
         try:
             if self.source is not None:
                 result = self.source.schema() if look else self.source.declared_schema()
+            elif hasattr(self.operator, "output_schema_of"):
+                result = self.operator.output_schema_of(upstream)
             elif hasattr(self.operator, "output_schema"):
                 if len(upstream) > 1 and not getattr(self.operator, "inputs_differ", False):
                     _check_same(upstream)
@@ -90,12 +92,13 @@ class Node:
             self._schema.append(result)
         return result
 
+    def input_schemas(self, *, look: bool) -> list[pa.Schema | None]:
+        """Schemas of the rows of its inputs, None where unknown."""
+        return [i.node.schema(look=look) if i.tag == MAIN_TAG else i.node.side_schema(i.tag) for i in self.inputs]
+
     def input_schema(self) -> pa.Schema | None:
         """Schema of the rows of its first input, None when unknown; never looks."""
-        if not self.inputs:
-            return None
-        first = self.inputs[0]
-        return first.node.schema(look=False) if first.tag == MAIN_TAG else first.node.side_schema(first.tag)
+        return next(iter(self.input_schemas(look=False)), None)
 
     def side_schema(self, tag: str) -> pa.Schema | None:
         """Schema of a side output: what the operator says; late and dead-letter rows have the columns of its input."""

@@ -130,6 +130,12 @@ class Plan:
                 o.id for c in self.chains for o in c.operators if o.stateful and bool(getattr(o.factory, "keys", ()))
             ),
             allow_dropped=self.allow_dropped,
+            endless=frozenset(name for name, s in self.sources().items() if not s.source.bounded),
+            aligned=frozenset(
+                name
+                for name, s in self.sources().items()
+                if s.event_time is not None and s.event_time.max_drift_us is not None
+            ),
         )
 
 
@@ -168,7 +174,7 @@ def build_plan(name: str, sinks: Sequence[Node], *, parallelism: int, max_parall
         head = head_of[id(up)] if up is not None else node
         head_of[id(node)] = head
         members.setdefault(id(head), []).append(node)
-    chains = tuple(_chain(group, ids, degree[id(group[0])]) for group in members.values())
+    chains = tuple(_chain(group, ids, degree[id(group[0])], look) for group in members.values())
     edges: list[Edge] = []
     for node in nodes:
         if head_of[id(node)] is not node:
@@ -223,16 +229,44 @@ def _parallelism(node: Node, default: int, max_parallelism: int) -> int:
     return wanted
 
 
-def _chain(group: Sequence[Node], ids: Mapping[int, str], parallelism: int) -> Chain:
+def _chain(group: Sequence[Node], ids: Mapping[int, str], parallelism: int, look: bool) -> Chain:
     head, source = group[0], None
+    event_time, factories = _event_time_at_source(group, {id(n): _with_schemas(n, look) for n in group})
     if head.source is not None:
-        source = PlannedSource(ids[id(head)], head.title, head.source, head.event_time, head.detail, head.location)
+        source = PlannedSource(ids[id(head)], head.title, head.source, event_time, head.detail, head.location)
     operators = tuple(
-        PlannedOperator(ids[id(n)], n.title, n.operator, n.detail, n.location, n.input_schema())
+        PlannedOperator(ids[id(n)], n.title, factories[id(n)], n.detail, n.location, n.input_schema())
         for n in group
         if n.source is None
     )
     return Chain(ids[id(head)], parallelism, source, operators)
+
+
+def _event_time_at_source(group: Sequence[Node], factories: dict[int, Any]) -> tuple[Any, dict[int, Any]]:
+    """(the event time of the source of a chain, the operators by node): event time that is taken right behind a source
+    is taken by it, because only there splits can be told apart."""
+    event_time = group[0].event_time
+    if group[0].source is not None and len(group) > 1 and hasattr(group[1].operator, "at_source"):
+        taken = group[1].operator.at_source()
+        if taken is not None:
+            event_time, factories = taken[0], {**factories, id(group[1]): taken[1]}
+    for node in group:
+        if getattr(factories[id(node)], "needs_source", False):
+            raise PlanError(
+                f"{node.where()} has a max_drift, which speaks of the splits of a source, but it does not stand right "
+                "behind one, with the same parallelism; move it there, or leave max_drift out"
+            )
+    return event_time, factories
+
+
+def _with_schemas(node: Node, look: bool) -> Any:
+    """The operator; one that must know the columns of all its inputs is told them, once sources have been looked at."""
+    if not look or not hasattr(node.operator, "with_input_schemas"):
+        return node.operator
+    try:
+        return node.operator.with_input_schemas(node.input_schemas(look=False))
+    except PlanError as error:
+        raise PlanError(f"{node.where()}: {error}") from error
 
 
 def _operator_ids(nodes: Sequence[Node]) -> dict[int, str]:

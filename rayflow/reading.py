@@ -113,6 +113,7 @@ def from_generator(
     *,
     splits: int | Sequence[Any] = 1,
     schema: pa.Schema,
+    bounded: bool = True,
     event_time: str | None = None,
     max_delay: Duration | None = None,
     parallelism: int | None = None,
@@ -120,9 +121,11 @@ def from_generator(
 ) -> Stream:
     """``fn(split, position)`` yields record batches of ``schema`` from row ``position`` of the split on.
 
-    The same split and position must give the same rows every time: recovery stands on it (rule R2).
+    The same split and position must give the same rows every time: recovery stands on it (rule R2). A subtask reads
+    its splits one after another; with ``bounded=False``, which says that they never end, it reads them in turns, and
+    each has a watermark of its own. A batch without rows, or None, means: nothing just now.
     """
-    source = GeneratorSource(fn, splits=splits, schema=schema)
+    source = GeneratorSource(fn, splits=splits, schema=schema, bounded=bounded)
     return read_source(
         source, event_time=event_time, max_delay=max_delay, parallelism=parallelism, name=name,
         label="from_generator", detail=getattr(fn, "__name__", repr(fn)),
@@ -141,9 +144,10 @@ def read_source(
 ) -> Stream:
     """Rows of a source of your own; see `rayflow.operators.base.Source` for its contract.
 
-    ``event_time`` names the event time column; ``max_delay`` as in `Stream.with_event_time`.
+    ``event_time`` names the event time column; ``max_delay`` as in `Stream.with_event_time`, which, right
+    behind the source, has further options.
     """
-    time = event_time_of(event_time, max_delay, None)
+    time = event_time_of(event_time, max_delay)
     declared = source.declared_schema()
     if declared is not None and event_time is not None:
         check_event_time(declared, event_time, step=name or label)

@@ -45,7 +45,7 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "event time that is missing": (lambda: rf.from_arrow(ROWS).with_event_time("nope"), "nope"),
     "event time of a source": (lambda: rf.from_arrow(ROWS, event_time="nope"), "nope"),
     "event time of a source of a wrong type": (lambda: rf.from_arrow(ROWS, event_time="v"), "'v'"),
-    "idle timeout": (lambda: rows().with_event_time("t", idle_timeout="1s"), "not there yet"),
+    "idle timeout without a delay": (lambda: rows().with_event_time("t", idle_timeout="1s"), "needs max_delay"),
     "delay without a column": (lambda: rf.from_arrow(ROWS, max_delay="1s"), "event_time="),
     "union of different rows": (lambda: rows().union(rows().select("k")), "different schemas"),
     "flow without a sink": (lambda: rf.Flow("x"), "has no sink"),

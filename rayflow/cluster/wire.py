@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.flight as flight
 
 from rayflow.core.ids import Attempt, ChannelId, CheckpointId, SubtaskId
-from rayflow.core.messages import Barrier, CheckpointKind, Data, Element, EndOfInput, Watermark
+from rayflow.core.messages import Barrier, CheckpointKind, Data, Element, EndOfInput, Idle, Watermark
 from rayflow.errors import ProtocolError
 
 _UNSIGNED: Final = struct.Struct("<BBQQ")
@@ -30,6 +30,7 @@ _DATA: Final = 1
 _WATERMARK: Final = 2
 _BARRIER: Final = 3
 _END: Final = 4
+_IDLE: Final = 5
 _CREDIT: Final = 16
 _ATTEMPT_OVER: Final = 17
 
@@ -65,6 +66,8 @@ def encode_element(element: Element, sequence: int) -> bytes:
             return _UNSIGNED.pack(_DATA, 0, sequence, nbytes)
         case Watermark(time):
             return _SIGNED.pack(_WATERMARK, 0, sequence, time)
+        case Idle():
+            return _UNSIGNED.pack(_IDLE, 0, sequence, 0)
         case Barrier(checkpoint, kind):
             return _UNSIGNED.pack(_BARRIER, _KIND_CODE[kind], sequence, checkpoint)
         case EndOfInput():
@@ -89,6 +92,8 @@ def decode_element(header: Any, payload: Any) -> tuple[int, Element]:
         return sequence, Data(payload, value)
     if code == _WATERMARK:
         return sequence, Watermark(_SIGNED.unpack_from(header)[3])
+    if code == _IDLE:
+        return sequence, Idle()
     if code == _BARRIER and kind in _KIND:
         return sequence, Barrier(CheckpointId(value), _KIND[kind])
     if code == _END:

@@ -89,14 +89,17 @@ class CoordinatorMachine:
         self._outcome: JobState | None = None  # set while CLEANING and after
         self._out = Outbox()
         self._roster = Roster(topology.subtasks, self._out, hang_timeout_s=settings.hang_timeout_s)
-        self._pools = {source: SplitPool(source, topology.parallelism[source]) for source in sorted(topology.sources)}
+        self._pools = {
+            source: SplitPool(source, topology.parallelism[source], endless=source in topology.endless)
+            for source in sorted(topology.sources)
+        }
         self._policy = RestartPolicy(settings.restart)
         times = CheckpointTimes(
             settings.interval_s, settings.timeout_s, settings.min_pause_s, settings.tolerable_failures
         )
         self._checkpointing = self.checkpointing_type(topology, self._roster, self._pools, times, self._out)
         self._failover = self.failover_type(topology, self._roster, self._pools, self._checkpointing, self._out)
-        self._reports = Reports(self._roster, self._pools, self._checkpointing)
+        self._reports = Reports(self._roster, self._pools, self._checkpointing, topology.aligned)
 
     # --------------------------------------------------------------------------------------------------- what is seen
 
@@ -347,6 +350,7 @@ class CoordinatorMachine:
         self._roster.check_invariants()
         self._checkpointing.check_invariants()
         self._failover.check_invariants(running=self.state is JobState.RUNNING)
+        self._reports.check_invariants()
         for pool in self._pools.values():
             pool.check_invariants()
         if self.state is not JobState.RUNNING:

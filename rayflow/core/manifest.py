@@ -130,6 +130,8 @@ class SplitState:
     split: Json
     position: Json = None
     """None: not begun. Otherwise where the next row is: all before it lies before the barrier."""
+    newest_us: int | None = None
+    """The largest event time that its reader has seen, where it has one: event time goes on from it after a restore."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,8 +373,17 @@ def _state_from(body: Mapping[str, Json]) -> StateHandle:
 
 
 def _split_json(s: SplitState) -> dict[str, Json]:
-    return {"source": s.source, "split_id": s.split_id, "order": s.order, "split": s.split, "position": s.position}
+    body = {"source": s.source, "split_id": s.split_id, "order": s.order, "split": s.split, "position": s.position}
+    return body if s.newest_us is None else {**body, "newest_us": s.newest_us}
 
 
 def _split_from(body: Mapping[str, Json]) -> SplitState:
-    return SplitState(str(body["source"]), str(body["split_id"]), int(body["order"]), body["split"], body["position"])
+    newest = body.get("newest_us")
+    return SplitState(
+        source=str(body["source"]),
+        split_id=str(body["split_id"]),
+        order=int(body["order"]),
+        split=body["split"],
+        position=body["position"],
+        newest_us=None if newest is None else int(newest),
+    )

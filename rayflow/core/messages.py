@@ -32,6 +32,11 @@ class Watermark:
     time: int
 
 
+@dataclass(frozen=True, slots=True)
+class Idle:
+    """Nothing comes on this channel for now: it holds no watermark back until its next `Watermark` (rule W2)."""
+
+
 class CheckpointKind(Enum):
     PERIODIC = "periodic"
     FINAL = "final"
@@ -54,7 +59,7 @@ class EndOfInput:
     """Nothing follows on this channel; it counts as aligned from here on (rule A6)."""
 
 
-Element = Data | Watermark | Barrier | EndOfInput
+Element = Data | Watermark | Idle | Barrier | EndOfInput
 
 # ------------------------------------------------------------------------------- commands: coordinator -> one subtask
 
@@ -105,11 +110,18 @@ class Assign:
 
 
 @dataclass(frozen=True, slots=True)
+class SlowestSource:
+    """How far the slowest of the sources with a maximum drift has got (`rayflow.core.drift`)."""
+
+    watermark: int
+
+
+@dataclass(frozen=True, slots=True)
 class Shutdown:
     """The job has ended; release everything."""
 
 
-Command = Reset | Launch | Trigger | Complete | Abort | Assign | Shutdown
+Command = Reset | Launch | Trigger | Complete | Abort | Assign | SlowestSource | Shutdown
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +152,14 @@ class Running:
 @dataclass(frozen=True, slots=True)
 class SplitRequest:
     """A source subtask has nothing left to read."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceProgress:
+    """How far a source subtask with a maximum drift has got; idle ones are waited for by nobody."""
+
+    watermark: int
+    idle: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +215,18 @@ class Heartbeat:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-Report = Ready | Running | SplitRequest | Acknowledge | Decline | InputEnded | Committed | Failed | Heartbeat
+Report = (
+    Ready
+    | Running
+    | SplitRequest
+    | SourceProgress
+    | Acknowledge
+    | Decline
+    | InputEnded
+    | Committed
+    | Failed
+    | Heartbeat
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +256,7 @@ __all__ = [
     "Failed",
     "FailureCause",
     "Heartbeat",
+    "Idle",
     "InputEnded",
     "Json",
     "Launch",
@@ -234,6 +266,8 @@ __all__ = [
     "Reset",
     "Running",
     "Shutdown",
+    "SlowestSource",
+    "SourceProgress",
     "SplitRequest",
     "Trigger",
     "Watermark",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import assert_never
 
 from rayflow.core.checkpointing import Checkpointing
+from rayflow.core.drift import SourceDrift
+from rayflow.core.ids import Attempt
 from rayflow.core.messages import (
     Acknowledge,
     Committed,
@@ -16,6 +18,8 @@ from rayflow.core.messages import (
     Ready,
     Report,
     Running,
+    SlowestSource,
+    SourceProgress,
     SplitRequest,
 )
 from rayflow.core.roster import Heard, Member, Roster, SubtaskState
@@ -23,11 +27,19 @@ from rayflow.core.splits import SplitOutcome, SplitPool
 
 
 class Reports:
-    def __init__(self, roster: Roster, pools: dict[str, SplitPool], checkpointing: Checkpointing) -> None:
+    def __init__(
+        self,
+        roster: Roster,
+        pools: dict[str, SplitPool],
+        checkpointing: Checkpointing,
+        aligned: frozenset[str] = frozenset(),
+    ) -> None:
         self._roster = roster
         self._pools = pools
         self._checkpointing = checkpointing
         self._failure: FailureCause | None = None
+        self._aligned = aligned
+        self._drift: tuple[Attempt, SourceDrift] | None = None  # of the attempt whose progress was heard last
 
     def take_failure(self) -> FailureCause | None:
         """The cause, when the last report was `Failed`."""
@@ -48,9 +60,16 @@ class Reports:
                 heard = self._move(member, SubtaskState.RUNNING, SubtaskState.ENDED)
                 if heard is Heard.ACCEPTED:
                     self._checkpointing.input_ended(subtask)
+                    if subtask.chain in self._aligned:
+                        self._announce(self._present_drift().ended(subtask))
                 return heard
             case SplitRequest():
                 return self._split_requested(member)
+            case SourceProgress(watermark, idle):
+                if subtask.chain not in self._aligned:
+                    return Heard.UNKNOWN
+                self._announce(self._present_drift().reported(subtask, watermark, idle=idle))
+                return Heard.ACCEPTED
             case Acknowledge():
                 return self._checkpointing.acknowledged(subtask, report, now)
             case Decline():
@@ -79,3 +98,19 @@ class Reports:
         for assignment in assignments:
             self._roster.send(assignment.subtask, assignment.assign)
         return Heard.ACCEPTED if outcome is SplitOutcome.ACCEPTED else Heard.DUPLICATE
+
+    def _present_drift(self) -> SourceDrift:
+        """A new attempt begins with nothing known (C6)."""
+        if self._drift is None or self._drift[0] != self._roster.attempt:
+            members = (m.subtask for m in self._roster if m.subtask.chain in self._aligned)
+            self._drift = self._roster.attempt, SourceDrift(members)
+        return self._drift[1]
+
+    def _announce(self, slowest: int | None) -> None:
+        if slowest is not None:
+            for subtask in self._present_drift().members:
+                self._roster.send(subtask, SlowestSource(slowest))
+
+    def check_invariants(self) -> None:
+        if self._drift is not None:
+            self._drift[1].check_invariants()

@@ -7,6 +7,9 @@ is done.
 A subtask asks for one split ahead while it still reads. Before the others have their first, it must wait for that: with
 as many splits as subtasks, the first to run would otherwise get two, and those of an endless source are never done.
 
+Splits that never end (``endless``) are read side by side from the beginning: each subtask gets its share of them and no
+more, whoever asks first.
+
 **What a checkpoint holds of the pool.** `snapshot` is taken at the moment the checkpoint is triggered. Commands to a
 subtask are a FIFO, so a split assigned before the trigger reaches the subtask before the trigger does and stands in the
 subtask's snapshot (or was read up before the barrier); one assigned after the trigger reaches it after its barrier and
@@ -17,6 +20,7 @@ After a failure nothing is taken back split by split: the pool is made anew from
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
@@ -43,15 +47,16 @@ class Assignment:
 class SplitPool:
     """Splits of ``source``, read by so many subtasks. Starts empty and open; see `restore`, `add`, `close`."""
 
-    def __init__(self, source: str, readers: int = 1) -> None:
+    def __init__(self, source: str, readers: int = 1, *, endless: bool = False) -> None:
         self.source = source
         self._readers = readers
+        self._endless = endless
         self.closed = False  # nothing is ever added again in this attempt
         self._pending: list[SplitState] = []  # ascending by (order, split_id)
         self._known: set[str] = set()  # ids in _pending and _assigned
         self._assigned: dict[str, SubtaskId] = {}  # split id -> who got it in this attempt
         self._waiting: list[SubtaskId] = []  # first come, first served, but see `_reserved`
-        self._begun: set[SubtaskId] = set()  # who has been given a split in this attempt
+        self._given: Counter[SubtaskId] = Counter()  # how many splits each has been given in this attempt
 
     @property
     def exhausted(self) -> bool:
@@ -80,7 +85,7 @@ class SplitPool:
         self._known.clear()
         self._assigned.clear()
         self._waiting.clear()
-        self._begun.clear()
+        self._given.clear()
         for split in splits:
             if split.split_id in self._known:
                 raise ProtocolError(
@@ -124,12 +129,14 @@ class SplitPool:
     @property
     def _reserved(self) -> int:
         """So many splits are kept for subtasks that have had none."""
-        return self._readers - len(self._begun)
+        return self._readers - len(self._given)
 
     def _may_have(self, subtask: SubtaskId) -> bool:
         if not self._pending:
             return self.closed
-        return subtask not in self._begun or len(self._pending) > self._reserved
+        if self._endless:
+            return self._given[subtask] < -(-len(self._known) // self._readers)
+        return subtask not in self._given or len(self._pending) > self._reserved
 
     def _serve(self) -> tuple[Assignment, ...]:
         answers: list[Assignment] = []
@@ -139,7 +146,7 @@ class SplitPool:
             if self._pending:
                 splits = (self._pending.pop(0),)
                 self._assigned[splits[0].split_id] = subtask
-                self._begun.add(subtask)
+                self._given[subtask] += 1
             answers.append(Assignment(subtask, Assign(splits, no_more=self.exhausted)))
         return tuple(answers)
 

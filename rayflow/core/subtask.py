@@ -40,6 +40,7 @@ from rayflow.core.messages import (
     Decline,
     Element,
     EndOfInput,
+    Idle,
     InputEnded,
     Trigger,
     Watermark,
@@ -93,6 +94,11 @@ class SubtaskMachine:
         return self._watermarks.current
 
     @property
+    def inputs_idle(self) -> bool:
+        """All inputs that have not ended are idle; whoever holds nothing back passes that on."""
+        return self._watermarks.all_idle
+
+    @property
     def peak_in_flight(self) -> int:
         return max((account.peak for account in self._accounts.values()), default=0)
 
@@ -113,6 +119,9 @@ class SubtaskMachine:
                 return [ProcessData(channel, payload), ReturnCredit(channel, nbytes)]
             case Watermark(time):
                 risen = self._watermarks.advance(channel, time)
+                return [] if risen is None else [AdvanceWatermark(risen)]
+            case Idle():
+                risen = self._watermarks.set_idle(channel)
                 return [] if risen is None else [AdvanceWatermark(risen)]
             case Barrier():
                 return self._aligned(self._aligner.on_barrier(channel, element, now))

@@ -29,6 +29,10 @@ class Topology:
     keyed_operators: frozenset[str] = frozenset()
     allow_dropped: frozenset[str] = frozenset()
     """Operators and sources that need not be there any more: what a checkpoint holds of them is left behind."""
+    endless: frozenset[str] = frozenset()
+    """Sources whose splits never end: each subtask has its share of them from the beginning."""
+    aligned: frozenset[str] = frozenset()
+    """Sources that wait for each other when they drift apart (`rayflow.core.drift`)."""
     _inputs: dict[SubtaskId, tuple[ChannelId, ...]] = field(init=False, repr=False, compare=False)
     _outputs: dict[SubtaskId, tuple[ChannelId, ...]] = field(init=False, repr=False, compare=False)
     _chain_of: dict[str, str] = field(init=False, repr=False, compare=False)

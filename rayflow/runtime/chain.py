@@ -104,6 +104,13 @@ class ChainRunner:
         self.watermark = max(self.watermark, time)
         return self.watermark
 
+    def idle(self, inputs_idle: bool) -> bool:
+        """Whether nothing will leave the chain for now."""
+        for blame, operator in self._guarded:
+            with blame:
+                inputs_idle = operator.on_idle(inputs_idle)
+        return inputs_idle
+
     def next_timer(self) -> float | None:
         """The earliest wall time any operator wants to be called at."""
         return min((t for o in self._operators if (t := o.next_timer()) is not None), default=None)

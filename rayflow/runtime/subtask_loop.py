@@ -25,7 +25,7 @@ from rayflow.core.events import (
     TakeSnapshot,
     Tell,
 )
-from rayflow.core.ids import MAX_WATERMARK, MIN_WATERMARK, Attempt, ChannelId, CheckpointId, SubtaskId, Time
+from rayflow.core.ids import Attempt, ChannelId, CheckpointId, SubtaskId, Time
 from rayflow.core.manifest import SnapshotStats
 from rayflow.core.messages import (
     Abort,
@@ -44,9 +44,9 @@ from rayflow.core.messages import (
     Reset,
     Running,
     Shutdown,
+    SlowestSource,
     SplitRequest,
     Trigger,
-    Watermark,
 )
 from rayflow.core.resequence import Resequencer
 from rayflow.core.subtask import SubtaskMachine
@@ -56,6 +56,7 @@ from rayflow.errors import (
 from rayflow.runtime.assembly import JobSpec, Parts, inputs_of, outputs_of
 from rayflow.runtime.chain import ChainRunner
 from rayflow.runtime.emitter import Emitter
+from rayflow.runtime.event_time import EventTimeSpeaker
 from rayflow.runtime.failures import cause_of
 from rayflow.runtime.ports import (
     BackgroundFailed,
@@ -118,7 +119,7 @@ class SubtaskRuntime:
         self._uploads: Uploads | None = None
         self._scratch: Scratch | None = None
         self._reports = 0
-        self._watermark_sent = MIN_WATERMARK
+        self._event_time: EventTimeSpeaker | None = None
         self._watermark_due = 0.0
         self._heartbeat_due = 0.0
         self._source_due = 0.0
@@ -199,6 +200,9 @@ class SubtaskRuntime:
             case Assign(splits, no_more):
                 assert self._source is not None
                 self._source.assign(splits, no_more=no_more)
+            case SlowestSource(watermark):
+                assert self._source is not None
+                self._source.slowest = watermark
             case _:
                 assert_never(command)
 
@@ -252,6 +256,8 @@ class SubtaskRuntime:
         self._restored_bytes = self._store.bytes_read - read
         self._restore_s = self._host.now() - began
         self._source = parts.source()
+        assert self._machine is not None
+        self._event_time = EventTimeSpeaker(self._machine, self._chain, self._emitter, self._source, self._report)
         self._host.connect(self.attempt, {c: launch.addresses[c.target] for c in parts.outputs})
         self.phase = Phase.RUNNING
         self._report(Running())
@@ -328,28 +334,33 @@ class SubtaskRuntime:
 
     def _poll(self, source: SourceRunner) -> None:
         assert self._chain is not None
+        assert self._event_time is not None
         batch = source.poll()
         if batch is None:
             self._source_due = self._host.now() + IDLE_POLL_S
         elif batch.num_rows:
             self._rows_in += batch.num_rows
+            self._event_time.be_active()
             self._chain.process(batch, 0)
 
     def _on_clock(self, now: float) -> None:
         assert self._emitter is not None
         assert self._chain is not None
         assert self._machine is not None
+        assert self._event_time is not None
         self._emitter.flush_due(now)
         source = self._source
         if source is not None and source.wants_split():
             self._report(SplitRequest())
         if now >= self._watermark_due and not self._machine.input_ended:
             self._watermark_due = now + self._watermark_s
-            upstream = source.watermark if source is not None else self._machine.input_watermark
-            if upstream < MAX_WATERMARK:
-                self._forward_watermark(self._chain.advance(upstream))
-        if not self._machine.output_blocked and not self._machine.input_ended and self._chain.next_timer() is not None:
-            self._chain.on_time(self._host.wall_time())
+            self._event_time.on_clock()
+        timer = self._chain.next_timer()
+        if timer is not None and not self._machine.output_blocked and not self._machine.input_ended:
+            wall_time = self._host.wall_time()
+            if timer <= wall_time:
+                self._event_time.be_active()
+                self._chain.on_time(wall_time)
         if self._broken is not None and now - self._broken[0] >= BROKEN_GRACE_S:
             raise ConnectionError(self._broken[1])
         self._beat(now)
@@ -413,13 +424,15 @@ class SubtaskRuntime:
                     self._host.send(channel, element)
                 case ProcessData(channel, payload):
                     assert self._chain is not None
+                    assert self._event_time is not None
                     self._rows_in += payload.num_rows  # type: ignore[attr-defined]
+                    self._event_time.be_active()
                     self._chain.process(payload, self._input_index[channel.edge])
                 case ReturnCredit(channel, nbytes):
                     self._host.return_credit(channel, nbytes)
                 case AdvanceWatermark(time):
-                    assert self._chain is not None
-                    self._forward_watermark(self._chain.advance(time))
+                    assert self._event_time is not None
+                    self._event_time.advance(time)
                 case TakeSnapshot():
                     self._take_snapshot(action)
                 case Broadcast(element):
@@ -437,13 +450,6 @@ class SubtaskRuntime:
                     self._report(report)
                 case _:
                     assert_never(action)
-
-    def _forward_watermark(self, time: int) -> None:
-        assert self._emitter is not None
-        # End of input says the same as the maximum, and says it last.
-        if self._watermark_sent < time < MAX_WATERMARK:
-            self._watermark_sent = time
-            self._emitter.broadcast(Watermark(time))
 
     def _report(self, report: Report) -> None:
         envelope = ReportEnvelope(self.attempt, self.subtask, self._reports, report)

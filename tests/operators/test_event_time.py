@@ -107,7 +107,7 @@ def test_a_tracker_goes_on_from_its_position() -> None:
     tracker = WatermarkTracker(EventTime("t", max_delay_us=1))
     tracker.observe(_batch(5))
     again = WatermarkTracker(EventTime("t", max_delay_us=1))
-    again.restore(tracker.position())
+    again.restore(tracker.newest)
     assert again.watermark == tracker.watermark == 4
     again.restore(None)
     assert again.watermark == 4
