@@ -208,7 +208,7 @@ class Stream:
 
     def with_event_time(
         self,
-        column: str,
+        column: ExprLike,
         *,
         max_delay: Duration | None = None,
         idle_timeout: Duration | None = None,
