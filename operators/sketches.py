@@ -26,6 +26,9 @@ REGISTERS: Final = 1 << PRECISION
 """Of a HyperLogLog sketch; its standard error is 1.04 / sqrt(REGISTERS) = 1.6 %."""
 _HASH_BITS: Final = 64 - PRECISION
 _RANK_BITS: Final = 6
+_RANKS: Final = (1 << _RANK_BITS) - 1
+_DENSE_SHARE: Final = 8
+"""All registers of all groups, a byte each, are cheaper than sorting if they are at most so many for each element."""
 _ESTIMATED_AT_ONCE: Final = 16_384
 
 SLICES: Final = 35
@@ -94,16 +97,23 @@ def _elements(values: Column) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.boo
 
 def _highest(ids: Int64Array, elements: npt.NDArray[Any], groups: int) -> pa.LargeListArray:
     """The highest rank of each register of each group."""
-    keys = np.sort(ids << 32 | elements)
-    registers = keys >> _RANK_BITS
-    keys = keys[np.append(registers[1:] != registers[:-1], True)[: len(keys)]]
+    if groups * REGISTERS <= _DENSE_SHARE * len(elements):
+        ranks = np.zeros(groups * REGISTERS, np.uint8)
+        places = ids * REGISTERS + (elements >> _RANK_BITS)
+        np.maximum.at(ranks, places, (elements & _RANKS).astype(np.uint8))
+        used = np.flatnonzero(ranks)
+        keys = (used // REGISTERS) << 32 | (used % REGISTERS) << _RANK_BITS | ranks[used]
+    else:
+        keys = np.sort(ids << 32 | elements)
+        registers = keys >> _RANK_BITS
+        keys = keys[np.append(registers[1:] != registers[:-1], True)[: len(keys)]]
     return lists_of(pa.array((keys & _LOW).astype(np.uint32)), np.bincount(keys >> 32, minlength=groups))
 
 
 def _estimates(elements: pa.Array, lengths: Int64Array) -> FloatArray:
     groups, ranks = len(lengths), _HASH_BITS + 2
     owners = np.repeat(np.arange(groups), lengths)
-    of_rank = elements.to_numpy().astype(np.int64) & ((1 << _RANK_BITS) - 1)
+    of_rank = elements.to_numpy().astype(np.int64) & _RANKS
     counts = np.bincount(owners * ranks + of_rank, minlength=groups * ranks).reshape(groups, ranks)
     sums = REGISTERS * _tau(1.0 - counts[:, -1] / REGISTERS)
     for rank in range(_HASH_BITS, 0, -1):

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 import rayflow.operators.aggregates as rf
 from rayflow.errors import PlanError
 from rayflow.expressions import col
+from rayflow.operators import list_partials
 from rayflow.operators.aggregates import Aggregate
 from rayflow.operators.keyed.running import RunningAggregate
 from rayflow.operators.preaggregate import Preaggregation
@@ -280,6 +281,37 @@ def test_any_cut_any_grouping_and_any_order_is_duckdb(
     assert {k: values[: len(EXACT)] for k, values in found.items()} == expected
     for k, values in found.items():
         assert values[len(EXACT) : len(EXACT) + 2] == expected[k][:2], "so few distinct values are estimated exactly"
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.sampled_from(
+        [pa.int8(), pa.int64(), pa.uint64(), pa.date32(), pa.time32("s"), pa.timestamp("ns"), pa.duration("s")]
+    ),
+    st.lists(st.tuples(st.integers(0, 2), st.sampled_from([0, 1, 5, -1, -(2**63), 2**63 - 1, 2**64 - 1, 100]))),
+    st.sampled_from([0, 8]),
+)
+def test_distinct_whole_numbers_of_any_range(kind: pa.DataType, rows: list[tuple[int, int]], share: int) -> None:
+    """By words that are sorted, by a bitmap, or where the range is too wide for a word by Arrow's hash table."""
+    unsigned, narrow = kind == pa.uint64(), kind.bit_width < 64
+    allowed = range(0 if unsigned else -(2**63), 2**64 if unsigned else 2**63)
+    rows = [(k, v) for k, v in rows if v in allowed and (not narrow or 0 <= v < 128)]
+    if not rows:
+        return
+    values = pa.array([v for _, v in rows], pa.uint64() if unsigned else pa.int64())
+    stored = values if unsigned else values.cast(pa.int32()).cast(kind) if narrow else values.cast(kind)
+    batch = batch_of(stored, kind, keys=[k for k, _ in rows])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(list_partials, "_BITMAP_SHARE", share)
+        plan = plan_of(batch, out=rf.count_distinct("x"))
+        merged = plan.merge(plan.singles(batch, times_of(batch), 0), 0)
+    for row in plan.combine_rows(batch, times_of(batch), 0), merged:
+        found = finalised(plan, row).to_pylist()
+        assert {r["k"]: r["out"] for r in found} == {k: len({v for o, v in rows if o == k}) for k, _ in rows}
+        kept = row.column("out.values").combine_chunks()
+        assert kept.type == pa.large_list(kind)
+        as_number = kind if pa.types.is_integer(kind) else values.type if not narrow else pa.int32()
+        assert set(kept.flatten().cast(as_number).to_pylist()) == {v for _, v in rows}
 
 
 def test_the_test_of_merging_is_not_blind() -> None:
