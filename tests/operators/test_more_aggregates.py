@@ -5,8 +5,10 @@ from __future__ import annotations
 import datetime as dt
 import math
 import pickle
+import re
 from decimal import Decimal
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import duckdb
@@ -169,6 +171,16 @@ def test_without_a_running_form_the_build_says_so(aggregate: Aggregate) -> None:
     running = RunningAggregate(keys=("k",), aggregates={"out": aggregate})
     with pytest.raises(PlanError, match=r"'out' has no running form.*put \.window"):
         running.output_schema(pa.schema([("k", pa.int64()), ("x", pa.int64())]))
+
+
+def test_the_page_on_aggregates_has_all_of_them() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "aggregates.md").read_text()
+    table = [line for line in page.splitlines() if line.startswith("| `")]
+    running = {name: row.endswith("yes |") for row in table for name in re.findall(r"`(\w+)\(", row.split("|")[1])}
+    assert running.keys() == set(rf.__all__) - {"Aggregate"}
+    assert {name for name, there in running.items() if not there} == {
+        "aggregate", "approx_count_distinct", "arg_max", "arg_min", "collect", "count_distinct", "median", "quantile",
+    }  # fmt: skip
 
 
 def test_a_state_of_other_aggregates_is_refused() -> None:
