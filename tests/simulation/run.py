@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import cycle
 from random import Random
 
 from rayflow.core.events import JobState
@@ -17,6 +18,7 @@ from tests.simulation.faults import FaultBudget, Faults, Violation
 from tests.simulation.scenario import Mode, Scenario, draw
 from tests.simulation.storage import Observer
 from tests.simulation.target import Row, Target
+from tests.simulation.tiny import forget_local_files, tiny
 from tests.simulation.world import SimWorld, describe
 
 STEPS_MAX = 60_000
@@ -63,16 +65,19 @@ def run_seed(
     world.monitors.enabled = monitors
     violation = ""
     try:
-        play(world)
-        while wants_another_run(world, scenario):
-            assert scenario.plan_again is not None
-            world.run_again(scenario.plan_again)
-            play_on(world)
+        with tiny() if scenario.incremental else nullcontext():
+            play(world)
+            plans = cycle((scenario.plan_again or scenario.plan, scenario.plan))
+            while wants_another_run(world, scenario):
+                world.run_again(next(plans))
+                play_on(world)
         check_end(world, scenario)
     except Violation as found:
         violation = str(found)
     except AssertionError as found:
         violation = f"invariant: {found!r} at {_where(found)}"
+    finally:
+        forget_local_files()
     lines = tuple(map(describe, world.trace)) if violation or keep is None or digest else ()
     return Result(
         seed=seed,

@@ -25,6 +25,7 @@ from rayflow.operators.aggregates import sum as sum_of
 from rayflow.operators.windows import tumbling
 from rayflow.plan import Plan, build_plan
 from rayflow.stream import Stream
+from tests.simulation import stateful
 from tests.simulation.faults import Faults
 from tests.simulation.target import FakeSink, Row, Target
 
@@ -47,12 +48,16 @@ class Scenario:
     wait_s: float
     """Mean of the virtual time that passes when time is what passes next: some 100 steps lie between two waits."""
     retain: int
-    inline_max_bytes: int
+    inline_max_bytes: int | None
     targets: tuple[Target, ...]
     expected: tuple[Counter[Row], ...]
     plan_again: Plan | None = None
     """The same flow at another parallelism: what a stopped, cancelled or failed job goes on with."""
     heartbeat_s: float | None = None
+    shape: str = ""
+    """Family of the flow."""
+    incremental: bool = False
+    """With the bounds of `tests.simulation.tiny`, so that later checkpoints name files of earlier ones."""
 
 
 def draw_rows(rng: Random, count: int, *, keys: int, delay_us: int) -> list[InputRow]:
@@ -79,6 +84,7 @@ class Draw:
         self.delay_us = rng.choice((0, SECOND, 5 * SECOND))
         self.parallelism = rng.choice((1, 1, 2, 2, 3, 4))
         self.words: list[str] = []
+        self.shape = ""
         self._new_target = new_target
         self.sinks: list[Node] = []
         self.targets: list[Target] = []
@@ -153,7 +159,7 @@ class Draw:
         return self.steps(stream.key_by(by), rows)
 
     def windows(self, stream: Stream, rows: list[InputRow]) -> tuple[Stream, list[Row]]:
-        size = self.rng.choice((2, 7, 30)) * SECOND
+        size = self.rng.choice((2, 7, 30, 300)) * SECOND
         combine = self.rng.random() < 0.6
         self.words.append(f"tumbling({size // SECOND}s{', combiner' if combine else ''})")
         result = stream.key_by("k").window(tumbling(size / SECOND)).agg(n=count(), s=sum_of("v"), top=max_of("v"))
@@ -173,9 +179,11 @@ class Draw:
 
     def flow(self, mode: Mode) -> None:
         shapes = (
-            ("plain", "shuffles") if mode == "at_least_once" else ("plain", "shuffles", "windows", "windows", "two")
+            ("plain", "shuffles")
+            if mode == "at_least_once"
+            else ("plain", "shuffles", "windows", "windows", "two", "keyed", "keyed")
         )
-        shape = self.rng.choice(shapes)
+        shape = self.shape = self.rng.choice(shapes)
         stream, rows = self.union()
         if shape == "shuffles":
             stream, rows = self.shuffle(*self.shuffle(stream, rows, "k"), "v")
@@ -183,6 +191,17 @@ class Draw:
             self.sink(stream, list(rows))
         if shape in ("windows", "two"):
             self.sink(*self.windows(stream, rows))
+        if shape == "keyed":
+            kind = self.rng.choice(stateful.KINDS)
+            self.words.append(kind.__name__)
+            self.sink(*kind(stream, rows))
+
+    def state(self) -> dict[str, Any]:
+        """The back end. RocksDB is real, and opening one takes as long as many steps: seldom."""
+        chance = {"windows": 0.15, "two": 0.15, "keyed": 0.02}.get(self.shape, 0.0)
+        if self.rng.random() >= chance:
+            return {"state": "fs"}
+        return {"state": "rocksdb", "state_memory_bytes": self.rng.choice((64, 2_000))}
 
 
 def draw(seed_rng: Random, faults: Faults, new_target: Callable[[], Target], mode: Mode) -> Scenario:
@@ -199,7 +218,10 @@ def draw(seed_rng: Random, faults: Faults, new_target: Callable[[], Target], mod
         watermark_interval="100ms" if faults.budget.hangs else rng.choice(("1ms", "10ms", "100ms")),
     )
     # Below what a user may ask for, so that small jobs meet backpressure.
-    object.__setattr__(config, "inflight_bytes", rng.choice((256, 256, 600, 4096)))
+    state = d.state()
+    for name, value in {"inflight_bytes": rng.choice((256, 256, 600, 4096)), **state}.items():
+        object.__setattr__(config, name, value)
+    incremental = rng.random() < 0.6
     wait_s = rng.choice((0.0005, 0.002, 0.01))
     interval = rng.choice((1, 1, 3, 3, 10, 30, None))
     settings = CoordinatorSettings(
@@ -221,7 +243,7 @@ def draw(seed_rng: Random, faults: Faults, new_target: Callable[[], Target], mod
     what = " | ".join(d.words) + (
         f" | p={d.parallelism}, groups={max_parallelism}, {mode}, batch_rows={config.batch_rows}, "
         f"credit={config.inflight_bytes}, interval={settings.interval_s}, timeout={settings.timeout_s}, "
-        f"retain={retain}, restart={settings.restart.strategy}"
+        f"retain={retain}, restart={settings.restart.strategy}, {state}{', incremental' if incremental else ''}"
     )
     return Scenario(
         what=what,
@@ -231,9 +253,12 @@ def draw(seed_rng: Random, faults: Faults, new_target: Callable[[], Target], mod
         mode=mode,
         wait_s=wait_s,
         retain=retain,
-        inline_max_bytes=rng.choice((0, 0, 4096)),
+        # With rocksdb there are files in any case; None is what the back end "memory" does.
+        inline_max_bytes=0 if incremental else rng.choice((0, 4096, None if state["state"] == "fs" else 0)),
         targets=tuple(d.targets),
         expected=tuple(d.expected),
         heartbeat_s=50 * wait_s if faults.budget.hangs else None,
+        shape=d.shape,
+        incremental=incremental,
         plan_again=build_plan("sim", d.sinks, parallelism=rng.randint(1, 4), max_parallelism=max_parallelism),
     )

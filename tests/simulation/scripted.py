@@ -60,7 +60,7 @@ def scripted(
     retain: int = 2,
     batch_rows: int = 2,
     credit_bytes: int = 256,
-    inline_max_bytes: int = 0,
+    inline_max_bytes: int | None = 0,
     max_parallelism: int = 13,
 ) -> Scenario:
     """A job with tiny batches and credits."""

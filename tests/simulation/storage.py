@@ -10,7 +10,7 @@ from rayflow.errors import CorruptCheckpointError, StorageError
 from rayflow.storage.catalog import VOID_MARK
 from rayflow.storage.faults import FaultyStore
 from rayflow.storage.fencing import counts, understand
-from rayflow.storage.layout import Decision, manifest_path, parse_manifest
+from rayflow.storage.layout import Decision, manifest_path, parse_manifest, parse_shared
 from rayflow.storage.snapshots import mismatch
 from rayflow.storage.store import MemoryStore, PutOutcome
 from tests.simulation.faults import Crash, Faults, Violation
@@ -25,6 +25,8 @@ class Observer(MemoryStore):
         """Whole manifests that are there now."""
         self.ever: dict[CheckpointId, Manifest] = {}
         """Whole manifests that were ever there."""
+        self.reused = 0
+        """How often a manifest has named a file in ``shared/`` that an earlier checkpoint has written."""
         self._tokens: dict[str, list[CheckpointId]] = {}
         self._bodies: dict[CheckpointId, bytes] = {}
 
@@ -64,6 +66,7 @@ class Observer(MemoryStore):
         for file in manifest.files():
             if problem := self.problem(file):
                 raise Violation(f"C5: manifest {checkpoint} names {file.path}, which {problem}")
+            self.reused += (parse_shared(file.path) or checkpoint) < checkpoint
         if checkpoint in self.ever and self._bodies[checkpoint] != data:
             raise Violation(f"C4: checkpoint id {checkpoint} has a second manifest")
         self.manifests[checkpoint] = self.ever[checkpoint] = manifest

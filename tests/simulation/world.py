@@ -100,7 +100,7 @@ class SimWorld(World):
         targets: tuple[Target, ...],
         wait_s: float,
         retain: int,
-        inline_max_bytes: int,
+        inline_max_bytes: int | None,
         keep: int | None = 60,
     ) -> None:
         self.rng = rng
