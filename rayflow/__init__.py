@@ -50,6 +50,7 @@ from rayflow.operators.state.declared import (
     ValueState,
 )
 from rayflow.operators.user_aggregate import UserAggregate
+from rayflow.operators.windowing.session import session
 from rayflow.operators.windowing.sliding import sliding
 from rayflow.operators.windows import tumbling
 from rayflow.reading import from_arrow, from_generator, read_csv, read_json, read_parquet, read_source
@@ -128,6 +129,7 @@ __all__ = [
     "read_source",
     "rebucket",
     "restore_plan",
+    "session",
     "sliding",
     "stddev",
     "sum",

@@ -39,8 +39,7 @@ from rayflow.partition import check_key_type
 if TYPE_CHECKING:
     from rayflow.keyed_process import ConnectedStream, ProcessResult
     from rayflow.operators.process import KeyedProcess
-    from rayflow.operators.tumbling import WindowSpec
-    from rayflow.windowed import WindowedStream
+    from rayflow.windowed import AnyWindow, WindowedStream
 
 ExprLike = Any
 """A `rayflow.Expr`, a ``pyarrow.compute.Expression``, a column name or a Python scalar."""
@@ -340,8 +339,8 @@ class KeyedStream(Stream):
         super().__init__(stream._node, exchange=Exchange("hash", keys), tag=stream._tag, event_time=stream._event_time)
         self._keys = keys
 
-    def window(self, spec: WindowSpec) -> WindowedStream:
-        """Cut each key's rows into windows of event time: `rf.tumbling`, `rf.sliding`.
+    def window(self, spec: AnyWindow) -> WindowedStream:
+        """Cut each key's rows into windows of event time: `rf.tumbling`, `rf.sliding`, `rf.session`.
 
         Raises `PlanError` when the stream has no event time.
         """

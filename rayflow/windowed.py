@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 from rayflow.errors import PlanError
 from rayflow.graph import Node, caller_location
 from rayflow.operators.aggregates import Aggregate
-from rayflow.operators.tumbling import Tumbling, WindowSpec
+from rayflow.operators.tumbling import Tumbling
+from rayflow.operators.windowing.session import Session
+from rayflow.operators.windowing.session_operator import SessionAggregate
 from rayflow.operators.windowing.sliding import Sliding
 from rayflow.operators.windows import LocalCombine, WindowAggregate
 from rayflow.stream import KeyedStream, Stream
 
+AnyWindow: TypeAlias = Tumbling | Sliding | Session
 
-def window(keyed: KeyedStream, spec: WindowSpec) -> WindowedStream:
+
+def window(keyed: KeyedStream, spec: AnyWindow) -> WindowedStream:
     """Raises `PlanError` for a stream without event time, and for what is no window."""
-    if not isinstance(spec, Tumbling | Sliding):
+    if not isinstance(spec, AnyWindow):
         raise PlanError(
-            f'step \'window\' ({caller_location()}): window() needs windows such as rf.tumbling("1m") or '
-            f'rf.sliding("10m", every="1m"), got {spec!r}'
+            f"step 'window' ({caller_location()}): window() needs windows such as rf.tumbling(\"1m\") or "
+            f'rf.sliding("10m", every="1m") or rf.session(gap="5m"), got {spec!r}'
         )
     if keyed._event_time is None:
         raise PlanError(
@@ -31,7 +35,7 @@ def window(keyed: KeyedStream, spec: WindowSpec) -> WindowedStream:
 class WindowedStream:
     """What `KeyedStream.window` gives; call `agg`."""
 
-    def __init__(self, keyed: KeyedStream, spec: WindowSpec) -> None:
+    def __init__(self, keyed: KeyedStream, spec: AnyWindow) -> None:
         self._keyed = keyed
         self._spec = spec
 
@@ -54,15 +58,25 @@ class WindowedStream:
             "aggregates": dict(aggregates),
             "event_time": time,
         }
+        factories: dict[str, Any]
+        try:
+            if isinstance(self._spec, Session):
+                factories = {"operator": SessionAggregate(**what)}
+            else:
+                factories = {
+                    "operator": WindowAggregate(**what),
+                    "combiner": LocalCombine(**what),
+                    "combined": WindowAggregate(**what, input_is_partial=True),
+                }
+        except PlanError as error:
+            raise PlanError(f"step {name or 'window'!r} ({caller_location()}): {error}") from error
         node = Node(
             "window",
             (keyed._input(),),
-            WindowAggregate(**what),
-            combiner=LocalCombine(**what),
-            combined=WindowAggregate(**what, input_is_partial=True),
             detail=f"{self._spec} by {', '.join(keyed._keys)}: {', '.join(aggregates)}",
             name=name,
             location=caller_location(),
+            **factories,
         )
         node.schema(look=False)
         return WindowResult(node)

@@ -79,6 +79,29 @@ def test_windows_of_sliding_windows_lose_nothing(events: pa.Table) -> None:
     assert sum(row[-1] for row in ran(again, parallelism=2)) == 2 * ROWS
 
 
+@pytest.mark.parametrize("parallelism", [1, 2, 4])
+def test_sessions_equal_duckdb(events: pa.Table, parallelism: int) -> None:
+    found = ran(
+        keyed(events).window(rf.session(gap="2s")).agg(n=rf.count(), total=rf.sum("v")), parallelism=parallelism
+    )
+    expected = duck(
+        events,
+        """select k, min(t) as window_start, max(t) + interval 2 seconds as window_end, count(*) n, sum(v)::bigint total
+           from (select *, sum(cut::int) over (partition by k order by t rows unbounded preceding) as number
+                 from (select *, coalesce(t - lag(t) over (partition by k order by t) >= interval 2 seconds, true) cut
+                       from events)) group by k, number""",
+    )
+    assert len(expected) > 50
+    assert same(found, expected)
+
+
+def test_windows_of_sessions_lose_nothing(events: pa.Table) -> None:
+    """A session's result has its start as event time, which lies far behind its end."""
+    first = keyed(events).window(rf.session(gap="5s")).agg(n=rf.count())
+    again = first.key_by("k").window(rf.tumbling("1s")).agg(total=rf.sum("n"))
+    assert sum(row[-1] for row in ran(again, parallelism=2)) == ROWS
+
+
 def test_what_is_no_window_is_refused(events: pa.Table) -> None:
     with pytest.raises(rf.PlanError, match=r"step 'window' \(test_windows.py:\d+\).*rf.tumbling.*got '10s'"):
         keyed(events).window("10s")  # type: ignore[arg-type]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,9 +13,20 @@ import numpy as np
 import pyarrow as pa
 from hypothesis import strategies as st
 
-from rayflow.core.ids import MAX_WATERMARK, MIN_WATERMARK
+from rayflow.core.ids import MAX_WATERMARK, MIN_WATERMARK, CheckpointId
 from rayflow.core.keygroups import owner_of
-from rayflow.operators.base import MAIN, Collected, Operator, OperatorFactory, RestoredState, StateBackend
+from rayflow.operators.base import (
+    MAIN,
+    ColdStore,
+    Collected,
+    FrozenState,
+    Operator,
+    OperatorContext,
+    OperatorFactory,
+    RestoredFolder,
+    RestoredState,
+    StateBackend,
+)
 from rayflow.partition import hash_columns, key_groups
 from tests.operators.helpers import frozen, opened, rows
 
@@ -83,7 +95,12 @@ def run(
         path.mkdir(parents=True)
         return path
 
-    backend = StateBackend(kind=way.backend, memory_bytes=256, scratch=folder)
+    def cold(path: Path, ctx: OperatorContext) -> ColdStore:
+        from rayflow.storage.rocks import open_rocks
+
+        return open_rocks(path, ctx)
+
+    backend = StateBackend(kind=way.backend, memory_bytes=256, scratch=folder, open_cold=cold)
     out = Collected()
 
     def start(index: int, workers: int) -> Operator:
@@ -110,13 +127,14 @@ def run(
         for operator in operators:
             operator.on_watermark(watermark)
         if way.restore_every and number % way.restore_every == 0:
-            states = [state for operator in operators for state in frozen(operator, pieces=way.pieces)]
+            remotes = [(operator, folder("remote")) for operator in operators]
+            states = [state for operator, remote in remotes for state in saved(operator, remote, pieces=way.pieces)]
             for operator in operators:
                 operator.close()
             workers = way.workers[number % len(way.workers)]
             operators = [start(index, workers) for index in range(workers)]
-            for index, operator in enumerate(operators):
-                operator.restore([_of(state, index, workers) for state in states])
+            for operator in operators:
+                operator.restore(_given_to(operator, states))
     for operator in operators:
         if end:
             operator.on_watermark(MAX_WATERMARK)
@@ -125,11 +143,56 @@ def run(
     return out
 
 
-def _of(state: RestoredState, index: int, workers: int) -> RestoredState:
-    if not state.table.num_rows:
-        return state
-    mine = state.table.filter(pa.array(_owners(state.table, workers) == index))
-    return RestoredState(state.name, mine, state.meta, state.piece if workers == 1 else "")
+class _Given(Operator):
+    """An operator that was frozen already."""
+
+    def __init__(self, state: FrozenState) -> None:
+        self._state = state
+
+    def process(self, batch: pa.RecordBatch, input_index: int) -> None:
+        raise AssertionError("it is only frozen")
+
+    def snapshot(self, checkpoint: CheckpointId) -> FrozenState:
+        return self._state
+
+
+def saved(operator: Operator, remote: Path, *, pieces: bool) -> list[RestoredState]:
+    """What a checkpoint gives back, files of a store on disk included (with the key groups of the old operator)."""
+    state = operator.snapshot(CheckpointId(1))
+    assert state is not None
+    found = frozen(_Given(state), pieces=pieces)
+    for number, folder in enumerate(state.folders):
+        files, _ = folder.finish()
+        target = remote / str(number)
+        target.mkdir()
+        for name, file in files.items():
+            shutil.copy(file.path, target / name)
+        folder.release()
+
+        def download(path: Path, source: Path = target) -> None:
+            shutil.copytree(source, path, dirs_exist_ok=True)
+
+        back = RestoredFolder(folder.format, operator.ctx.key_groups, False, download)
+        found.append(RestoredState(folder.name, pa.table({}), folder=back))
+    return found
+
+
+def _given_to(operator: Operator, states: Sequence[RestoredState]) -> list[RestoredState]:
+    """The part of all old subtasks' states that one new subtask gets."""
+    mine, found = operator.ctx.key_groups, []
+    for state in states:
+        if state.folder is not None:
+            both = sorted(set(state.folder.key_groups) & set(mine))
+            if both:
+                folder = replace(state.folder, key_groups=range(both[0], both[-1] + 1))
+                found.append(replace(state, folder=folder))
+        elif not state.table.num_rows:
+            found.append(state)
+        else:
+            ctx = operator.ctx
+            rows = state.table.filter(pa.array(_owners(state.table, ctx.parallelism) == ctx.subtask))
+            found.append(replace(state, table=rows, piece=state.piece if ctx.parallelism == 1 else ""))
+    return found
 
 
 def _owners(part: pa.RecordBatch | pa.Table, workers: int) -> Any:
