@@ -293,7 +293,17 @@ def arrow_type(kind: Any, what: str) -> pa.DataType:
         raise PlanError(f"{what} needs an Arrow type such as pa.int64(), got {kind!r}")
     if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
         raise PlanError(f"{what} got the encoding {kind}, expected the type of its values: {kind.value_type}")
+    if view := _view_in(kind):
+        owner = "string" if pa.types.is_string_view(view) else "binary"
+        raise PlanError(f"{what} got {kind}, expected {owner} in place of {view}: Arrow cannot take rows of views")
     return kind
+
+
+def _view_in(kind: pa.DataType) -> pa.DataType | None:
+    if pa.types.is_string_view(kind) or pa.types.is_binary_view(kind):
+        return kind
+    inside = (_view_in(kind.field(i).type) for i in range(kind.num_fields))
+    return next((view for view in inside if view is not None), None)
 
 
 def map_key_type(kind: Any, what: str) -> pa.DataType:

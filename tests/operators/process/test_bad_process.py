@@ -31,6 +31,8 @@ BATCH = pa.record_batch({"k": [1, 2, 1], "v": [5, 6, 7]})
         (lambda: rf.MapState(I64, I64, ttl=-5), r"MapState\(ttl\) must be longer than zero, got -5"),
         (lambda: rf.ValueState(I64, ttl="soon"), r"ValueState\(ttl\) must be a duration"),
         (lambda: rf.ValueState(pa.dictionary(pa.int8(), pa.string())), "expected the type of its values: string"),
+        (lambda: rf.ValueState(pa.list_(pa.string_view())), "expected string in place of string_view"),
+        (lambda: rf.MapState(pa.binary_view(), I64), "MapState got binary_view, expected binary"),
         (lambda: rf.MapState(pa.list_(I64), I64), "MapState cannot have keys of type list"),
         (
             lambda: rf.ReducingState(I64, cast("Any", "median")),
