@@ -37,8 +37,11 @@ from rayflow.operators.stateless import (
 from rayflow.partition import check_key_type
 
 if TYPE_CHECKING:
+    from rayflow.joins import JoinResult, Within
     from rayflow.keyed_process import ConnectedStream, ProcessResult
+    from rayflow.operators.joins.columns import How
     from rayflow.operators.process import KeyedProcess
+    from rayflow.operators.tumbling import Tumbling
     from rayflow.windowed import AnyWindow, WindowedStream
 
 ExprLike = Any
@@ -362,6 +365,56 @@ class KeyedStream(Stream):
         from rayflow.keyed_process import connect
 
         return connect(self, other)
+
+    def join(
+        self,
+        right: KeyedStream,
+        *,
+        within: Within | None = None,
+        window: Tumbling | None = None,
+        retention: Duration | None = None,
+        how: How = "inner",
+        suffix: str = "_right",
+        name: str | None = None,
+    ) -> JoinResult:
+        """Rows of both streams with equal keys, side by side; what is joined is what ``key_by`` named on each side.
+
+        Give one of: ``within=("-5m", "10m")``, a right row belongs to a left one if its event time lies so far from
+        that of the left one (``"5m"``: up to so far before or after it), and the result has the event time
+        ``join_time``, the later of both; ``retention="1h"``, rows are kept for so long, which is
+        ``within=("-1h", "1h")``; ``window=rf.tumbling("1m")``, all pairs of a window when it closes, with
+        ``window_start`` and ``window_end``. With none of them all rows are joined with all, which needs two streams
+        that end.
+
+        ``how``: ``inner``, ``left``, ``right``, ``full``, and ``semi`` and ``anti``: left rows with and without a
+        partner. Rows without a partner come out when no partner can come any more. Null keys have no partner. Columns
+        of the right side whose names are taken get the ``suffix``; keys come once, under the names of the left side.
+        Raises `PlanError` for keys of different number or type, missing event time, and streams that never end in a
+        join that would keep everything.
+        """
+        from rayflow.joins import join
+
+        return join(self, right, within=within, window=window, retention=retention, how=how, suffix=suffix, name=name)
+
+    def join_asof(
+        self,
+        right: KeyedStream,
+        *,
+        tolerance: Duration | None = None,
+        how: Literal["inner", "left"] = "left",
+        suffix: str = "_right",
+        name: str | None = None,
+    ) -> JoinResult:
+        """Each row with the version of its key that was valid at its event time: the latest row of ``right`` that is
+        not after it, and not more than ``tolerance`` before it.
+
+        Rows wait until the watermark says that no such version can come any more; the event time of the result is that
+        of the row. ``left``: rows without a version come out too, with nulls. Without a ``tolerance`` the last version
+        of every key is kept for ever. Else as `join`.
+        """
+        from rayflow.joins import join_asof
+
+        return join_asof(self, right, tolerance=tolerance, how=how, suffix=suffix, name=name)
 
     def agg(
         self, *, emit: Literal["every", "batch"] = "every", name: str | None = None, **aggregates: Aggregate

@@ -52,7 +52,9 @@ METHODS = {
         "rename", "select", "show", "take", "to_arrow", "union", "with_columns", "with_event_time", "write",
         "write_parquet",
     },
-    rf.KeyedStream: {"agg", "connect", "deduplicate", "process", "reduce", "top", "window"},
+    rf.KeyedStream: {
+        "agg", "connect", "deduplicate", "join", "join_asof", "process", "reduce", "top", "window",
+    },
     ProcessResult: {"side"},
     ConnectedStream: {"process"},
     DeduplicatedStream: {"late"},
