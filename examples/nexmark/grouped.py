@@ -1,4 +1,4 @@
-"""Queries that aggregate bids by key and window: q12, q15, q16, q17."""
+"""Queries that aggregate bids by key and window: q11, q12, q15, q16, q17."""
 
 from __future__ import annotations
 
@@ -10,6 +10,30 @@ from examples.nexmark.source import Events
 from rayflow import col
 from rayflow.operators.aggregates import Aggregate
 from rayflow.stream import KeyedStream, Stream
+
+
+@query(
+    """
+    with begun as (
+        select bidder, dateTime, coalesce(
+            dateTime - lag(dateTime) over (partition by bidder order by dateTime) >= interval 10 seconds, true
+        ) as begins
+        from bid
+    ),
+    numbered as (
+        select *, sum(begins::int) over (partition by bidder order by dateTime, begins) as session from begun
+    )
+    select bidder, count(*) as bid_count, min(dateTime) as starttime, max(dateTime) + interval 10 seconds as endtime
+    from numbered group by bidder, session
+    """
+)
+def q11(events: Events) -> Stream:
+    """Bids of each bidder in sessions, which end when the bidder does nothing for ten seconds.
+
+    Bids exactly ten seconds apart are in two sessions here, and in one for Flink.
+    """
+    counts = events.bid.key_by("bidder").window(rf.session(gap="10s")).agg(bid_count=rf.count())
+    return counts.rename({"window_start": "starttime", "window_end": "endtime"})
 
 
 @query(

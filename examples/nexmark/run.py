@@ -24,9 +24,11 @@ from rayflow.core import timeline
 from rayflow.stream import Stream
 
 PATIENCE_S = 120.0
-HELD_BATCH_ROWS = 500
-"""Rows of a batch while there will be a kill: the input is held back by batches."""
-HELD_S = 0.02
+HELD_BATCHES = 1_000
+"""Of each kind of events, when there will be a kill."""
+HELD_S = 0.05
+"""A batch is held back for so long until the kill is done, which the job must live to see: here almost half a minute
+at parallelism 2, and no more than the kill takes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +68,7 @@ def run(query: Query, config: Nexmark, how: How, oracle: Oracle, folder: Path) -
     gate = folder / "gate"
     streams = events(config)
     if how.kill:
-        streams = held(events(config, batch_rows=HELD_BATCH_ROWS), gate)
+        streams = held(events(config, least_batches=HELD_BATCHES), gate)
     flow = rf.Flow(f"nexmark-{query.name}", query.build(streams).write_parquet(str(out)))
     killed = ""
     began = time.perf_counter()
@@ -77,7 +79,7 @@ def run(query: Query, config: Nexmark, how: How, oracle: Oracle, folder: Path) -
         job = flow.submit(parallelism=how.parallelism, checkpoints=checkpoints, config=how.config)
         try:
             if how.kill:
-                killed = kill_one(job, random.Random(how.seed))
+                killed = kill_one(job, random.Random(f"{how.seed} {query.name}"))
                 gate.touch()
             result = job.wait(None)
         except BaseException:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import pairwise
+from typing import Final
 
 import pyarrow as pa
 
@@ -14,6 +15,9 @@ from examples.nexmark.generator import Kind, Nexmark, schema
 from rayflow.core.manifest import Json
 from rayflow.operators.base import OperatorContext, Polled, SplitReader
 from rayflow.stream import Stream
+
+SPLITS: Final = 16
+SPLIT_ROWS_MAX: Final = 250_000
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class NexmarkSource(rf.Source):
     config: Nexmark
     kind: Kind
     columns: tuple[str, ...] | None = None
-    split_rows: int = 250_000
+    split_rows: int = SPLIT_ROWS_MAX
     batch_rows: int = 32_768
 
     def project(self, columns: Sequence[str]) -> NexmarkSource:
@@ -78,11 +82,22 @@ class Events:
     """No auction lasts longer."""
 
 
-def events(config: Nexmark, *, split_rows: int = 250_000, batch_rows: int = 32_768) -> Events:
-    """Streams with event time ``dateTime`` and the watermark delay that `Nexmark.out_of_order` needs."""
+def events(
+    config: Nexmark, *, split_rows: int | None = None, batch_rows: int = 32_768, least_batches: int = 1
+) -> Events:
+    """Streams with event time ``dateTime`` and the watermark delay that `Nexmark.out_of_order` needs.
+
+    Each kind is read in ``least_batches`` batches at least, and without ``split_rows`` in about sixteen splits.
+    """
 
     def stream(kind: Kind) -> Stream:
-        source = NexmarkSource(config, kind, split_rows=split_rows, batch_rows=batch_rows)
+        rows = config.count(kind)
+        source = NexmarkSource(
+            config,
+            kind,
+            split_rows=split_rows or min(max(rows // SPLITS, 1_000), SPLIT_ROWS_MAX),
+            batch_rows=min(batch_rows, max(rows // least_batches, 1)),
+        )
         return rf.read_source(
             source, event_time="dateTime", max_delay=config.out_of_order, label="nexmark", detail=kind.value
         )
