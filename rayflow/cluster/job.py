@@ -325,12 +325,15 @@ class Job:
         return SavepointCopier(own, options, path, options if storage_options is None else storage_options)
 
     def _copied(self, manifest: Manifest, copier: SavepointCopier, on_progress: Progress | None) -> str:
-        url = copier.copy(manifest, on_progress)
-        if self._stores().durable:
-            copier.release(manifest)
-        elif self._ended is None:
-            self._ask("release", manifest.checkpoint)
-        return url
+        try:
+            return copier.copy(manifest, on_progress)
+        finally:
+            # Of no use to anybody else if the copy has failed; a pin that stays costs room and no more.
+            with contextlib.suppress(StorageError, ClusterError):
+                if self._stores().durable:
+                    copier.release(manifest)
+                elif self._ended is None:
+                    self._ask("release", manifest.checkpoint)
 
     def _savepoint_after(self, checkpoint: int) -> Manifest | None:
         package = self._stores()

@@ -1,8 +1,8 @@
-"""A rescale that stops the job and cannot start it again, without a cluster."""
+"""What becomes of a job when a stop, a rescale or the copy of a savepoint fails, without a cluster."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import pytest
@@ -12,7 +12,9 @@ from rayflow.cluster import job as jobs
 from rayflow.cluster.job import Job
 from rayflow.cluster.package import JobPackage
 from rayflow.config import CheckpointConfig, JobConfig
-from rayflow.errors import ClusterError
+from rayflow.core.ids import Attempt, CheckpointId
+from rayflow.core.manifest import Manifest
+from rayflow.errors import ClusterError, StorageError
 from rayflow.runtime.results import JobResult
 
 SAVEPOINT = "file:///somewhere/savepoints/00000007-abcd"
@@ -60,3 +62,22 @@ def test_the_savepoint_is_named_when_the_job_cannot_be_started_again(monkeypatch
 def test_a_stop_that_takes_too_long_does_not_say_that_the_job_goes_on() -> None:
     with pytest.raises(TimeoutError, match="was told to stop .* stop\\(\\) again for the savepoint"):
         _Stopped(ends=False).stop(0.0, savepoint=True)
+
+
+class _Failing:
+    released = 0
+
+    def copy(self, *_: Any) -> str:
+        raise StorageError("the disk is full")
+
+    def release(self, manifest: Manifest) -> None:
+        self.released = manifest.checkpoint
+        raise StorageError("and stays so")
+
+
+def test_a_copy_that_failed_leaves_no_checkpoint_pinned_for_ever() -> None:
+    manifest = Manifest("totals", CheckpointId(7), "savepoint", Attempt(1), 1, "run", 0.0, 128, {}, {}, ())
+    copier = _Failing()
+    with pytest.raises(StorageError, match="the disk is full"):
+        Job._copied(_Stopped(), manifest, cast("Any", copier), None)
+    assert copier.released == 7
