@@ -7,14 +7,17 @@ from dataclasses import dataclass
 from typing import Final
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from rayflow.operators.aggregates import Aggregate
 from rayflow.operators.base import Operator, OperatorContext, Output
 from rayflow.operators.event_time import EventTimeReader, OnNullTime, check_event_time
 from rayflow.operators.faults import UNLOCATED, located
-from rayflow.operators.grouping import Int64Array
+from rayflow.operators.grouping import Int64Array, flat
 from rayflow.operators.preaggregate import Preaggregation, check_names
 from rayflow.operators.tumbling import WindowSpec
+
+_BYTES: Final = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -62,11 +65,17 @@ class Combiner:
 
     Grouping 65,536 distinct keys costs more than it saves: the receiver has to group them anyway. So when more than
     ``KEPT_ROWS`` of the rows remain, the next ``SKIPPED_BATCHES`` batches are passed on as single-row partial
-    results. Which way a batch goes changes nothing in the result.
+    results.
+
+    A partial result that holds sets or sketches may be too large for a channel. Then the batch is combined in stretches
+    so short that no row passes ``ROW_BYTES``, or a single row of the batch passes it already.
+
+    Which way a batch goes changes nothing in the result.
     """
 
     KEPT_ROWS: Final = 0.8
     SKIPPED_BATCHES: Final = 15
+    ROW_BYTES: Final = 65_536
 
     def __init__(self, preaggregation: Preaggregation) -> None:
         self._preaggregation = preaggregation
@@ -79,7 +88,37 @@ class Combiner:
         partials = self._preaggregation.combine_rows(batch, times_us, starts)
         if partials.num_rows > self.KEPT_ROWS * batch.num_rows:
             self._to_skip = self.SKIPPED_BATCHES
-        return partials
+        return self._narrow(partials, batch, times_us, starts)
+
+    def _narrow(
+        self, partials: pa.Table, batch: pa.RecordBatch, times_us: pa.Array, starts: Int64Array | int
+    ) -> pa.Table:
+        """The partial results of the batch, cut up where a row of them is too large."""
+        widest = widest_row(partials) if partials.nbytes > self.ROW_BYTES else 0
+        rows = batch.num_rows
+        if widest <= self.ROW_BYTES or rows == 1:
+            return partials
+        length = max(1, min(rows // 2, rows * self.ROW_BYTES // widest))
+        parts = []
+        for first in range(0, rows, length):
+            some = batch.slice(first, length), times_us.slice(first, length)
+            begin = starts if isinstance(starts, int) else starts[first : first + length]
+            parts.append(self._narrow(self._preaggregation.combine_rows(*some, begin), *some, begin))
+        return pa.concat_tables(parts)
+
+
+def widest_row(table: pa.Table) -> int:
+    """Bytes of the largest row in columns of lists, strings and binary: at most, and with values of a list that are all
+    as large as their mean."""
+    widest = 0
+    for column in map(flat, table.columns):
+        if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+            values = column.flatten()
+            longest = pc.max(pc.list_value_length(column)).as_py() or 0
+            widest += longest * values.nbytes // max(1, len(values))
+        elif any(check(column.type) for check in _BYTES):
+            widest += pc.max(pc.binary_length(column)).as_py() or 0
+    return widest
 
 
 class CombineOperator(Operator):

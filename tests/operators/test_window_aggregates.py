@@ -22,7 +22,7 @@ from rayflow.core.ids import MAX_WATERMARK
 from rayflow.core.keygroups import owner_of
 from rayflow.operators.base import MAIN, Collected, Operator, RestoredState, StateBackend
 from rayflow.operators.grouping import Int64Array, flat
-from rayflow.operators.windows import LocalCombine, WindowAggregate, tumbling
+from rayflow.operators.windows import Combiner, LocalCombine, WindowAggregate, tumbling
 from rayflow.partition import hash_columns, key_groups
 from tests.operators.helpers import frozen, opened, outputs, rows
 
@@ -227,6 +227,24 @@ def test_whole_flows_equal_duckdb(parallelism: int, batch_rows: int) -> None:
         assert (row["latest"], row["listed"], row["range"]) == (latest, listed, reach)
         assert row["middle"] == (None if middle is None else pytest.approx(middle, rel=0.01))
         assert row["about"] == pytest.approx(about, rel=0.05, abs=1)
+
+
+@pytest.mark.parametrize("column", ["v", "s"])
+def test_a_combined_row_is_never_too_large_for_a_channel(column: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many different values of one key in one batch would be one row, larger than a channel takes."""
+    rows, ints = 60_000, pa.array(range(60_000))
+    strings = pa.array([f"a longer text, number {i}" for i in range(rows)])
+    zeros = pa.array(np.zeros(rows, np.int64))
+    events = pa.table({"k": zeros, "t": zeros.cast(pa.timestamp("us")), "v": ints, "s": strings})
+    windows = rf.from_arrow(events, event_time="t", max_delay="0s").key_by("k").window(rf.tumbling("1s"))
+    flow = rf.Flow("f", windows.agg(n=rf.count_distinct(column), m=rf.median("v")).collect())
+    config = rf.JobConfig(inflight_bytes=262_144)
+    (row,) = flow.run(local=True, parallelism=2, config=config).table().to_pylist()
+    assert row["n"] == rows
+    assert row["m"] == pytest.approx((rows - 1) / 2, rel=0.01)
+    monkeypatch.setattr(Combiner, "ROW_BYTES", 1 << 40)
+    with pytest.raises(rf.JobFailedError, match="larger than half the credit"):
+        flow.run(local=True, parallelism=2, config=config)
 
 
 def test_a_failing_aggregate_of_the_user_names_the_step() -> None:
