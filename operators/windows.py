@@ -104,6 +104,10 @@ class WindowAggregate:
         """For rows of ``schema``; raises `PlanError` for what does not fit."""
         return plan_of_rows(self.keys, self.aggregates, self.event_time, schema)
 
+    def plan_of_state(self, schema: pa.Schema) -> Preaggregation:
+        """For the state of a checkpoint; raises `PlanError` for what does not fit."""
+        return Preaggregation.of_partials(self.keys, self.aggregates, schema)
+
     def build(self) -> Operator:
         return WindowOperator(self)
 
@@ -344,7 +348,7 @@ class WindowOperator(Operator):
     def _restore_rows(self, state: RestoredState, *, base: bool, merged: bool) -> None:
         table = state.table.replace_schema_metadata(None)
         try:
-            plan = Preaggregation.of_partials(self._factory.keys, self._factory.aggregates, table.schema)
+            plan = self._factory.plan_of_state(table.schema)
         except PlanError as error:
             raise DataError(f"{self.ctx} cannot restore state {STATE!r}: {error}") from error
         self._bind(plan)

@@ -7,11 +7,13 @@ from typing import Any, TypeAlias
 from rayflow.errors import PlanError
 from rayflow.graph import Node, caller_location
 from rayflow.operators.aggregates import Aggregate
+from rayflow.operators.ordering.ranked import Keep
 from rayflow.operators.tumbling import Tumbling
 from rayflow.operators.windowing.session import Session
 from rayflow.operators.windowing.session_operator import SessionAggregate
 from rayflow.operators.windowing.sliding import Sliding
 from rayflow.operators.windows import LocalCombine, WindowAggregate
+from rayflow.ordered import window_deduplicate, window_top
 from rayflow.stream import KeyedStream, Stream
 
 AnyWindow: TypeAlias = Tumbling | Sliding | Session
@@ -33,7 +35,7 @@ def window(keyed: KeyedStream, spec: AnyWindow) -> WindowedStream:
 
 
 class WindowedStream:
-    """What `KeyedStream.window` gives; call `agg`."""
+    """What `KeyedStream.window` gives; call `agg`, `deduplicate` or `top`."""
 
     def __init__(self, keyed: KeyedStream, spec: AnyWindow) -> None:
         self._keyed = keyed
@@ -80,6 +82,23 @@ class WindowedStream:
         )
         node.schema(look=False)
         return WindowResult(node)
+
+    def deduplicate(self, *, keep: Keep = "first", name: str | None = None) -> WindowResult:
+        """The first or last row of each key and window by event time, when the window closes.
+
+        Keys, ``window_start``, ``window_end`` and the other columns. Of rows of the same time the one that is smaller,
+        compared column by column. For `rf.tumbling` and `rf.sliding`.
+        """
+        return WindowResult(window_deduplicate(self._keyed, self._spec, keep=keep, name=name))
+
+    def top(self, n: int, *, by: str, descending: bool = True, name: str | None = None) -> WindowResult:
+        """The best ``n`` rows of each key and window, when the window closes, with their ``rank`` (1 is the best).
+
+        Keys, ``window_start``, ``window_end``, the other columns, ``rank``. Of equal values the earlier event time
+        ranks first, then the row that is smaller, compared column by column; NaN is the largest number; rows with null
+        in ``by`` are not ranked. For `rf.tumbling` and `rf.sliding`.
+        """
+        return WindowResult(window_top(self._keyed, self._spec, n, by=by, descending=descending, name=name))
 
 
 class WindowResult(Stream):

@@ -58,7 +58,7 @@ METHODS = {
     ProcessResult: {"side"},
     ConnectedStream: {"process"},
     DeduplicatedStream: {"late"},
-    WindowedStream: {"agg"},
+    WindowedStream: {"agg", "deduplicate", "top"},
     WindowResult: {"late"},
     rf.Checkpoint: {"info", "meta", "schema", "states", "steps", "table"},
     rf.Flow: {"explain", "plan", "run", "submit", "to_mermaid"},

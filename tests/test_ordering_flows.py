@@ -1,0 +1,129 @@
+"""Steps that order rows, from the builder to the result: parallelism, back ends, checkpoints, against DuckDB."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pytest
+
+import rayflow as rf
+
+BACK_ENDS: list[Literal["memory", "fs", "rocksdb"]] = ["memory", "fs", "rocksdb"]
+DELAY_S = 20
+
+
+def _data(rows: int = 2_500, keys: int = 60) -> pa.Table:
+    """No row is more than `DELAY_S` behind the newest before it; several have the same time."""
+    rng = np.random.default_rng(7)
+    times = np.arange(rows) // 4
+    order = np.argsort(times + rng.integers(0, DELAY_S, rows), kind="stable")
+    data = pa.table(
+        {
+            "k": rng.integers(0, keys, rows),
+            "v": pa.array(rng.integers(-50, 50, rows), mask=rng.random(rows) < 0.1),
+            "t": pa.array(times * 1_000_000 - 300_000_000, pa.timestamp("us")),
+            "row": rng.permutation(rows),
+        }
+    )
+    return data.take(pa.array(order))
+
+
+def _stream(table: pa.Table) -> rf.KeyedStream:
+    return rf.from_arrow(table, event_time="t", max_delay=f"{DELAY_S}s", batch_rows=400).key_by("k")
+
+
+MINUTE = """select *, time_bucket(interval 1 minute, t) s from data"""
+SLIDES = """select *, time_bucket(interval 20 second, t) - n * interval 20 second s
+            from data, (values (0), (1), (2)) slide(n)"""
+STEPS: dict[str, tuple[Callable[[rf.KeyedStream], rf.Stream], str]] = {
+    "last": (
+        lambda s: s.window(rf.tumbling("1m")).deduplicate(keep="last"),
+        f"""select k, s window_start, s + interval 1 minute window_end, v, t, row from ({MINUTE})
+            qualify row_number() over (partition by k, s order by t desc, v nulls last, row) = 1""",
+    ),
+    "first": (
+        lambda s: s.window(rf.tumbling("1m")).deduplicate(),
+        f"""select k, s window_start, s + interval 1 minute window_end, v, t, row from ({MINUTE})
+            qualify row_number() over (partition by k, s order by t, v nulls last, row) = 1""",
+    ),
+    "top": (
+        lambda s: s.window(rf.tumbling("1m")).top(3, by="v"),
+        f"""select k, s window_start, s + interval 1 minute window_end, v, t, row,
+                   row_number() over (partition by k, s order by v desc, t, row) as rank
+            from ({MINUTE}) where v is not null qualify rank <= 3""",
+    ),
+    "top of sliding windows": (
+        lambda s: s.window(rf.sliding("1m", every="20s")).top(2, by="v", descending=False),
+        f"""select k, s window_start, s + interval 1 minute window_end, v, t, row,
+                   row_number() over (partition by k, s order by v, t, row) as rank
+            from ({SLIDES}) where v is not null qualify rank <= 2""",
+    ),
+}
+
+
+def _expected(query: str, data: pa.Table) -> list[dict[str, Any]]:
+    with duckdb.connect() as db:
+        db.register("data", data)
+        found: list[dict[str, Any]] = db.sql(query).to_arrow_table().to_pylist()
+    return sorted(found, key=repr)
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("parallelism", [1, 2, 4])
+def test_steps_equal_duckdb_at_every_parallelism(step: str, parallelism: int) -> None:
+    build, query = STEPS[step]
+    data = _data()
+    flow = rf.Flow("steps", build(_stream(data)).collect())
+    found = flow.run(parallelism=parallelism, local=True, progress=False).table().to_pylist()
+    assert sorted(found, key=repr) == _expected(query, data)
+
+
+class FailsOnce:
+    """Raises when it has seen so many rows, the first time a flow comes so far."""
+
+    def __init__(self, marker: str, after: int) -> None:
+        self._marker, self._left = Path(marker), after
+
+    def __call__(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        self._left -= batch.num_rows
+        if self._left < 0 and not self._marker.exists():
+            self._marker.touch()
+            raise RuntimeError("once")
+        return batch
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("state", BACK_ENDS)
+def test_steps_go_on_from_a_checkpoint_as_if_nothing_had_happened(
+    step: str, state: Literal["memory", "fs", "rocksdb"], tmp_path: Path
+) -> None:
+    build, query = STEPS[step]
+    data = _data()
+    failing = _stream(data).map_batches(
+        FailsOnce, fn_constructor_args=(str(tmp_path / "failed"), 1_000), schema=data.schema
+    )
+    flow = rf.Flow("steps", build(failing.key_by("k")).collect())
+    result = flow.run(
+        parallelism=2,
+        local=True,
+        progress=False,
+        checkpoints=rf.CheckpointConfig(str(tmp_path / "checkpoints"), interval="1ms", min_pause="0s"),
+        config=rf.JobConfig(state=state, state_memory_bytes=1 << 20, restart=rf.Restart.fixed(delay="0s")),
+    )
+    assert (tmp_path / "failed").exists()
+    assert sorted(result.table().to_pylist(), key=repr) == _expected(query, data)
+
+
+def test_other_windows_are_refused_while_building() -> None:
+    windows = _stream(_data(10)).window(rf.tumbling("1m"))
+    with pytest.raises(rf.PlanError, match="keep must be"):
+        windows.deduplicate(keep="both")  # type: ignore[arg-type]
+    with pytest.raises(rf.PlanError, match="whole number"):
+        windows.top(0, by="v")
+    with pytest.raises(rf.PlanError, match="needs a column of that name"):
+        windows.top(2, by="none")
