@@ -26,6 +26,7 @@ from rayflow.operators.aggregates import Aggregate
 from rayflow.operators.keyed.running import RunningAggregate
 from rayflow.operators.preaggregate import Preaggregation
 from tests.operators.aggregating import TIME, batch_of, finalised, plan_of, result_of, times_of
+from tests.operators.helpers import outputs, rows
 
 NAN = math.nan
 DAYS = [dt.date(2020, 1, 2), dt.date(2020, 1, 1)]
@@ -171,6 +172,25 @@ def test_without_a_running_form_the_build_says_so(aggregate: Aggregate) -> None:
     running = RunningAggregate(keys=("k",), aggregates={"out": aggregate})
     with pytest.raises(PlanError, match=r"'out' has no running form.*put \.window"):
         running.output_schema(pa.schema([("k", pa.int64()), ("x", pa.int64())]))
+
+
+def test_running_variance_and_conditions() -> None:
+    aggregates = {
+        "spread": rf.variance("x", ddof=0),
+        "some": rf.count(where=col("x") > 1),
+        "total": rf.sum("x", where=col("x") > 1),
+        "top": rf.max("x", where=col("x") < 4),
+    }
+    running = RunningAggregate(keys=("k",), aggregates=aggregates)
+    batches = [batch_of([1, 3], keys=[0, 0]), batch_of([5, None, 2], keys=[0, 0, 1])]
+    found = [tuple(row.values()) for row in rows(outputs(running, batches))]
+    assert found == [
+        (0, 0.0, 0, None, 1),
+        (0, 1.0, 1, 3, 3),
+        (0, pytest.approx(8 / 3), 2, 8, 3),
+        (0, pytest.approx(8 / 3), 2, 8, 3),
+        (1, 0.0, 1, 2, 2),
+    ]
 
 
 def test_the_page_on_aggregates_has_all_of_them() -> None:
