@@ -57,7 +57,7 @@ class JoinColumns:
 
     Schema out: the columns of the left side, those of the right side without its keys, and the ``added`` ones; semi and
     anti: without those of the right side. A column of the right side whose name the left one has gets the suffix.
-    Dictionary and run-end encoded columns come out decoded, and every column may be null.
+    Dictionary and run-end encoded columns come out decoded, views as strings, and every column may be null.
     """
 
     def __init__(self, spec: JoinSpec, left: pa.Schema, right: pa.Schema, added: Sequence[pa.Field] = ()) -> None:
@@ -120,7 +120,9 @@ def decode(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
 def _decoded(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
         return _decoded(kind.value_type)
-    return kind
+    if pa.types.is_string_view(kind):  # Arrow has no kernel that takes rows of it
+        return pa.string()
+    return pa.binary() if pa.types.is_binary_view(kind) else kind
 
 
 def _check_keys(spec: JoinSpec, left: pa.Schema, right: pa.Schema) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -55,7 +55,7 @@ class SortedRows:
 def sort_rows(rows: pa.RecordBatch, keys: Sequence[str], times: Int64Array, *, ties: bool = False) -> SortedRows:
     """``rows`` in the order of `SortedRows`; ``times`` are their event times. No key is null."""
     columns = [flat(plain_key(rows.column(key))) for key in keys]
-    return _sorted(rows, columns, hash_columns(columns), times, _row_hashes(rows) if ties else None)
+    return _sorted(rows, columns, hash_columns(columns), times, _row_hashes(rows) if ties else None, in_parts=False)
 
 
 def merged(parts: Sequence[SortedRows]) -> SortedRows:
@@ -71,6 +71,7 @@ def merged(parts: Sequence[SortedRows]) -> SortedRows:
         np.concatenate([part.hashes for part in parts]),
         np.concatenate([part.times for part in parts]),
         np.concatenate(ties) if ties else None,
+        in_parts=True,
     )
 
 
@@ -80,24 +81,50 @@ def _sorted(
     hashes: UInt64Array,
     times: Int64Array,
     ties: UInt64Array | None,
+    *,
+    in_parts: bool,
 ) -> SortedRows:
-    # A stable sort by hash alone takes advantage of parts that are sorted and leaves times in order that came so;
-    # only where they did not, and seldom, all is sorted by all.
-    order = np.argsort(hashes, kind="stable")
+    # Parts that are sorted are merged by timsort. Mostly that leaves times in order too, because parts come in the
+    # order of their age; where they did not all is sorted by all.
+    order = np.argsort(hashes, kind="stable") if in_parts else _order(hashes, times)
+    if _wrong(hashes[order], times[order], None if ties is None else ties[order]):
+        order = _order(hashes, times, ties)
     hashes, times = hashes[order], times[order]
     ties = None if ties is None else ties[order]
-    same = hashes[1:] == hashes[:-1]
-    wrong = times[1:] < times[:-1]
-    if ties is not None:
-        wrong |= (times[1:] == times[:-1]) & (ties[1:] < ties[:-1])
-    if np.any(same & wrong):
-        again = np.lexsort((times, hashes) if ties is None else (ties, times, hashes))
-        order, hashes, times = order[again], hashes[again], times[again]
-        ties = None if ties is None else ties[again]
     if np.any(order[1:] < order[:-1]):
         taken = pa.array(order)
         rows, keys = rows.take(taken), [key.take(taken) for key in keys]
     return SortedRows(rows, tuple(keys), hashes, times, ties)
+
+
+def _order(hashes: UInt64Array, times: Int64Array, ties: UInt64Array | None = None) -> Int64Array:
+    """The order by hash, then time, then tie: stable sorts, the last one counts most."""
+    order = np.arange(len(hashes), dtype=np.int64) if ties is None else stable_argsort(ties)
+    if np.any(times[order[1:]] < times[order[:-1]]):
+        order = order[stable_argsort(times[order])]
+    return order[stable_argsort(hashes[order])]
+
+
+def _wrong(hashes: UInt64Array, times: Int64Array, ties: UInt64Array | None) -> bool:
+    wrong = times[1:] < times[:-1]
+    if ties is not None:
+        wrong |= (times[1:] == times[:-1]) & (ties[1:] < ties[:-1])
+    return bool(np.any(wrong & (hashes[1:] == hashes[:-1])))
+
+
+def stable_argsort(values: npt.NDArray[Any]) -> Int64Array:
+    """As ``np.argsort(values, kind="stable")``, which takes 1.1 to 10 ms for 32,768 hashes of 100 keys or of as many
+    keys as rows; numpy's other sort is vectorised and takes 0.1 to 0.3 ms, and puts equal ones right by another."""
+    order = np.argsort(values).astype(np.int64, copy=False)
+    ordered = values[order]
+    new = ordered[1:] != ordered[:-1]
+    if new.all():
+        return order
+    first = np.zeros(len(order), np.int64)
+    np.cumsum(new, out=first[1:])
+    first *= len(order)
+    result: Int64Array = np.sort(first + order) - first
+    return result
 
 
 def _row_hashes(rows: pa.RecordBatch) -> UInt64Array:
@@ -111,12 +138,19 @@ def ranges(
 ) -> tuple[Int64Array, Int64Array]:
     """For every row of ``probe`` the candidates [begin, end) of its hash ``among`` others, with a time from ``low`` to
     ``high``, both inclusive (us); None: no bound."""
-    begin = np.searchsorted(among.hashes, probe.hashes, side="left").astype(np.int64)
-    end = np.searchsorted(among.hashes, probe.hashes, side="right").astype(np.int64)
+    begin, end = _of_hash(probe, among)
     if low is not None:
         begin = bisect(among.times, begin, end, low, right=False)
     if high is not None:
         end = bisect(among.times, begin, end, high, right=True)
+    return begin, end
+
+
+def _of_hash(probe: SortedRows, among: SortedRows) -> tuple[Int64Array, Int64Array]:
+    begin = np.searchsorted(among.hashes, probe.hashes, side="left")
+    end = begin.copy()
+    found = np.flatnonzero(among.hashes[np.minimum(begin, len(among) - 1)] == probe.hashes)
+    end[found] = np.searchsorted(among.hashes, probe.hashes[found], side="right")
     return begin, end
 
 
@@ -208,8 +242,7 @@ def mark_matched(
 
 def latest(probe: SortedRows, among: SortedRows) -> Int64Array:
     """For every row of ``probe`` the last row ``among`` others with its key and a time not after its own; -1: none."""
-    begin = np.searchsorted(among.hashes, probe.hashes, side="left").astype(np.int64)
-    end = np.searchsorted(among.hashes, probe.hashes, side="right").astype(np.int64)
+    begin, end = _of_hash(probe, among)
     end = bisect(among.times, begin, end, probe.times, right=True)
     result = np.full(len(probe), -1, np.int64)
     some = np.flatnonzero(begin < end)
@@ -236,4 +269,5 @@ __all__ = [
     "pairs",
     "same_as_next",
     "sort_rows",
+    "stable_argsort",
 ]
