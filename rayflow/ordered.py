@@ -1,17 +1,42 @@
-"""Builders of the steps that order rows, for `WindowedStream.deduplicate` and `.top`."""
+"""Builders of the steps that order rows: the best of windows, and sorting by event time."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 from rayflow.errors import PlanError
 from rayflow.graph import Node, caller_location
 from rayflow.operators.ordering.ranked import Keep, Ranking, WindowRank
+from rayflow.operators.ordering.sort import LATE, SortByTime
 from rayflow.operators.tumbling import Tumbling
 from rayflow.operators.windowing.sliding import Sliding
+from rayflow.stream import KeyedStream, Stream
 
-if TYPE_CHECKING:
-    from rayflow.stream import KeyedStream
+
+class SortedStream(Stream):
+    """What `Stream.sort_by_event_time` gives."""
+
+    @property
+    def late(self) -> Stream:
+        """Rows that came behind the watermark, with the columns of the input."""
+        return Stream(self._node, tag=LATE)
+
+
+def sort_by_event_time(stream: Stream, ties: tuple[str, ...], *, name: str | None) -> SortedStream:
+    where = f"step {name or 'sort_by_event_time'!r} ({caller_location()})"
+    for column in ties:
+        if not isinstance(column, str):
+            raise PlanError(f"{where}: columns that decide between equal times are given by name, got {column!r}")
+    if stream._event_time is None:
+        raise PlanError(
+            f"{where}: the stream has no event time; pass event_time= to the source or call .with_event_time(column)"
+        )
+    keys = stream._keys if isinstance(stream, KeyedStream) else ()
+    operator = SortByTime(event_time=stream._event_time, ties=ties, keys=keys)
+    detail = ", ".join((stream._event_time, *ties)) + (f" by {', '.join(keys)}" if keys else "")
+    node = Node(
+        "sort_by_event_time", (stream._input(),), operator, detail=detail, name=name, location=caller_location()
+    )
+    node.schema(look=False)
+    return SortedStream(node, event_time=stream._event_time)
 
 
 def window_deduplicate(keyed: KeyedStream, spec: object, *, keep: Keep, name: str | None) -> Node:

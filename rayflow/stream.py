@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from rayflow.operators.joins.columns import How
     from rayflow.operators.process import KeyedProcess
     from rayflow.operators.tumbling import Tumbling
+    from rayflow.ordered import SortedStream
     from rayflow.windowed import AnyWindow, WindowedStream
 
 ExprLike = Any
@@ -273,6 +274,17 @@ class Stream:
                 check_key_type(name, schema.field(name).type)
         return KeyedStream(stream, tuple(names))
 
+    def sort_by_event_time(self, *ties: str, name: str | None = None) -> SortedStream:
+        """Rows in the order of their event time: of each key behind ``key_by``, else of each subtask.
+
+        They wait until the watermark has passed them. Of rows with the same time the columns ``ties`` decide, the first
+        counts most, then all other columns from left to right: not the order in which rows came. Rows behind the
+        watermark do not pass: see `late` of the result.
+        """
+        from rayflow.ordered import sort_by_event_time
+
+        return sort_by_event_time(self, ties, name=name)
+
     # ---------------------------------------------------------------------------------------------------------- sinks
 
     def write_parquet(
@@ -342,14 +354,28 @@ class KeyedStream(Stream):
         super().__init__(stream._node, exchange=Exchange("hash", keys), tag=stream._tag, event_time=stream._event_time)
         self._keys = keys
 
-    def window(self, spec: AnyWindow) -> WindowedStream:
+    def window(
+        self,
+        spec: AnyWindow,
+        *,
+        allowed_lateness: Duration = "0s",
+        emit: Literal["final", "update"] = "final",
+        early: Duration | None = None,
+    ) -> WindowedStream:
         """Cut each key's rows into windows of event time: `rf.tumbling`, `rf.sliding`, `rf.session`.
 
-        Raises `PlanError` when the stream has no event time.
+        Rows count while the watermark is less than ``allowed_lateness`` behind the end of their window; later ones are
+        in ``.late`` of the result. ``emit="final"``: each key and window gives one result, when no row can change it
+        any more. ``emit="update"``: the result comes when the watermark reaches the end of the window, and again for
+        every batch that changes it; the last one of a key and window counts (an upsert by key and ``window_start``).
+        ``early="10s"``, with ``update``: open windows give what they have so often, in event time; how often a result
+        is updated depends on how the stream is cut, what the last one says does not.
+
+        Sessions take none of these. Raises `PlanError` when the stream has no event time.
         """
         from rayflow.windowed import window
 
-        return window(self, spec)
+        return window(self, spec, allowed_lateness=allowed_lateness, emit=emit, early=early)
 
     def process(
         self, process: KeyedProcess | type[KeyedProcess], *, parallelism: int | None = None, name: str | None = None

@@ -127,3 +127,63 @@ def test_other_windows_are_refused_while_building() -> None:
         windows.top(0, by="v")
     with pytest.raises(rf.PlanError, match="needs a column of that name"):
         windows.top(2, by="none")
+
+
+class Numbered:
+    """The rows of each key in the order in which they come: a column that counts them."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, int] = {}
+
+    def __call__(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        numbers = []
+        for key in batch.column("k").to_pylist():
+            self._seen[key] = self._seen.get(key, 0) + 1
+            numbers.append(self._seen[key])
+        return batch.append_column("number", pa.array(numbers, pa.int64()))
+
+
+@pytest.mark.parametrize("parallelism", [1, 2, 4])
+@pytest.mark.parametrize("state", BACK_ENDS)
+def test_rows_of_each_key_come_sorted_at_every_parallelism(
+    parallelism: int, state: Literal["memory", "fs", "rocksdb"], tmp_path: Path
+) -> None:
+    data = _data()
+    ordered = _stream(data).sort_by_event_time("row")
+    schema = data.schema.append(pa.field("number", pa.int64()))
+    result = rf.Flow("sorted", ordered.map_batches(Numbered, schema=schema).collect()).run(
+        parallelism=parallelism,
+        local=True,
+        progress=False,
+        checkpoints=rf.CheckpointConfig(str(tmp_path / "checkpoints"), interval="5ms"),
+        config=rf.JobConfig(state=state, state_memory_bytes=1 << 20),
+    )
+    query = "select *, row_number() over (partition by k order by t, row) as number from data"
+    assert sorted(result.table().to_pylist(), key=repr) == _expected(query, data)
+
+
+@pytest.mark.parametrize("keyed", [True, False])
+def test_the_sort_goes_on_from_a_checkpoint_as_if_nothing_had_happened(keyed: bool, tmp_path: Path) -> None:
+    """The collected rows of one subtask come back in the order in which it got them."""
+    data = _data()
+    failing = rf.from_arrow(data, event_time="t", max_delay=f"{DELAY_S}s", batch_rows=200).map_batches(
+        FailsOnce, fn_constructor_args=(str(tmp_path / "failed"), 1_000), schema=data.schema
+    )
+    ordered = (failing.key_by("k") if keyed else failing).sort_by_event_time("row")
+    result = rf.Flow("sorted", ordered.collect()).run(
+        parallelism=1,
+        local=True,
+        progress=False,
+        checkpoints=rf.CheckpointConfig(str(tmp_path / "checkpoints"), interval="1ms", min_pause="0s"),
+        config=rf.JobConfig(restart=rf.Restart.fixed(delay="0s")),
+    )
+    assert (tmp_path / "failed").exists()
+    expected = data.sort_by([("t", "ascending"), ("row", "ascending")])
+    assert result.table().column("row").to_pylist() == expected.column("row").to_pylist()
+
+
+def test_a_sort_without_event_time_or_column_is_refused_while_building() -> None:
+    with pytest.raises(rf.PlanError, match="has no event time"):
+        rf.from_arrow(_data(10)).sort_by_event_time()
+    with pytest.raises(rf.PlanError, match="needs a column of that name"):
+        _stream(_data(10)).sort_by_event_time("none")

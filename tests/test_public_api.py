@@ -21,6 +21,7 @@ from click.testing import CliRunner
 import rayflow as rf
 from rayflow.cli.main import main
 from rayflow.keyed_process import ConnectedStream, ProcessResult
+from rayflow.ordered import SortedStream
 from rayflow.stream import DeduplicatedStream
 from rayflow.windowed import WindowedStream, WindowResult
 
@@ -49,8 +50,8 @@ ERRORS = {
 METHODS = {
     rf.Stream: {
         "broadcast", "collect", "drop", "filter", "flat_map", "key_by", "map", "map_batches", "print", "rebalance",
-        "rename", "select", "show", "take", "to_arrow", "union", "with_columns", "with_event_time", "write",
-        "write_parquet",
+        "rename", "select", "show", "sort_by_event_time", "take", "to_arrow", "union", "with_columns",
+        "with_event_time", "write", "write_parquet",
     },
     rf.KeyedStream: {
         "agg", "connect", "deduplicate", "join", "join_asof", "process", "reduce", "top", "window",
@@ -58,6 +59,7 @@ METHODS = {
     ProcessResult: {"side"},
     ConnectedStream: {"process"},
     DeduplicatedStream: {"late"},
+    SortedStream: {"late"},
     WindowedStream: {"agg", "deduplicate", "top"},
     WindowResult: {"late"},
     rf.Checkpoint: {"info", "meta", "schema", "states", "steps", "table"},
