@@ -6,7 +6,7 @@ import pytest
 
 from rayflow.cluster import wire
 from rayflow.core.ids import MAX_WATERMARK, MIN_WATERMARK, Attempt, ChannelId, CheckpointId, SubtaskId
-from rayflow.core.messages import Barrier, CheckpointKind, Data, Element, EndOfInput, Watermark
+from rayflow.core.messages import Barrier, CheckpointKind, Data, Element, EndOfInput, Idle, Watermark
 from rayflow.errors import ProtocolError
 
 ELEMENTS: list[Element] = [
@@ -15,6 +15,7 @@ ELEMENTS: list[Element] = [
     *(Watermark(t) for t in (MIN_WATERMARK, -1, 0, MAX_WATERMARK)),
     *(Barrier(CheckpointId(c), kind) for c in (1, 2**64 - 1) for kind in CheckpointKind),
     EndOfInput(),
+    Idle(),
 ]
 
 

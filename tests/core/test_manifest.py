@@ -86,7 +86,7 @@ SAMPLE = Manifest(
             states=(
                 StateHandle("count", 0, 2, "runs", 3, True, FileRef("chk-7/a.arrow", 10, "sha256:00"), None, ((1, 0),)),
             ),
-            splits=(SplitState("source", "s0", 0, {"path": "a"}, 3),),
+            splits=(SplitState("source", "s0", 0, {"path": "a"}, 3, newest_us=-7),),
             committables=(Committable("sink", {"file": "part-0"}),),
         ),
     ),

@@ -136,3 +136,27 @@ def test_no_split_is_lost_or_given_twice(steps: list[tuple[str, int]], readers: 
         given_out += [s.order for a in answers for s in a.assign.splits]
         pool.check_invariants()
         assert sorted([*given_out, *(s.order for s in pool.snapshot())]) == sorted(known)
+
+
+def test_splits_that_never_end_are_shared_out_however_fast_one_asks() -> None:
+    pool = SplitPool("s", 2, endless=True)
+    pool.restore(split(n) for n in range(5))
+    pool.close()
+    for _ in range(5):
+        pool.request(A)
+        pool.check_invariants()
+    assert pool.assigned_to(A) == ("split-0", "split-1", "split-2")
+    assert pool.waiting == (A,)
+    (first,) = pool.request(B)[1]
+    assert first == Assignment(B, Assign((split(3),), False))
+    last, freed = pool.request(B)[1]
+    assert last == Assignment(B, Assign((split(4),), True))
+    assert freed == Assignment(A, Assign((), True))
+
+
+def test_subtasks_without_a_share_are_told_that_nothing_comes() -> None:
+    pool = SplitPool("s", 2, endless=True)
+    pool.restore([split(0)])
+    pool.close()
+    assert pool.request(A)[1] == (Assignment(A, Assign((split(0),), True)),)
+    assert pool.request(B)[1] == (Assignment(B, Assign((), True)),)

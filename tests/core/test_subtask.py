@@ -27,6 +27,7 @@ from rayflow.core.messages import (
     Data,
     Decline,
     EndOfInput,
+    Idle,
     InputEnded,
     Trigger,
     Watermark,
@@ -208,3 +209,30 @@ def test_an_engine_that_skips_alignment_is_caught() -> None:
     m.on_element(B, barrier(1))
     actions += take_all(m)
     assert actions.index(ProcessData(A, "behind")) < actions.index(snapshot_of(1))
+
+
+def test_an_idle_channel_is_left_out_until_its_next_watermark() -> None:
+    m = machine(A, B)
+    m.on_element(A, Watermark(10))
+    m.on_element(B, Idle())
+    assert take_all(m) == [AdvanceWatermark(10)]
+    m.on_element(A, Idle())
+    assert take_all(m) == []
+    assert m.inputs_idle
+    m.on_element(B, Watermark(3))
+    assert take_all(m) == [], "it lags behind what was said (W1)"
+    assert m.input_watermark == 10
+    m.on_element(B, EndOfInput())
+    assert take_all(m) == [], "A may come back (W2)"
+    m.on_element(A, EndOfInput())
+    assert AdvanceWatermark(MAX_WATERMARK) in take_all(m)
+
+
+def test_idleness_waits_behind_the_data_and_the_barrier_of_its_channel() -> None:
+    m = machine(A, B)
+    m.on_element(A, barrier(1))
+    m.on_element(A, Idle())
+    m.on_element(B, Watermark(5))
+    assert take_all(m) == [], "A is blocked, and with it that it is idle (A2)"
+    m.on_element(B, barrier(1))
+    assert take_all(m) == [snapshot_of(1), Broadcast(barrier(1)), AdvanceWatermark(5)]

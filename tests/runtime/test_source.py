@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from rayflow.core.ids import MIN_WATERMARK
 from rayflow.core.manifest import SplitState
 from rayflow.errors import DataError, UserCodeError
 from rayflow.operators.base import EventTime
+from rayflow.operators.sources.memory import ArrowSource, GeneratorSource
 from rayflow.plan import PlannedSource
 from rayflow.runtime.source import SourceRunner
 from tests.runtime.fakes import ListSource, Log, context, values
@@ -153,10 +156,6 @@ def test_before_the_first_split_it_says_so() -> None:
 
 
 def test_event_time_follows_the_rows() -> None:
-    import pyarrow as pa
-
-    from rayflow.operators.sources.memory import ArrowSource
-
     table = pa.table({"t": pa.array([10, 50, 30], pa.timestamp("us"))})
     planned = PlannedSource("src", "my source", ArrowSource(table, batch_rows=2), EventTime("t", max_delay_us=5))
     source = SourceRunner(planned, context())
@@ -179,3 +178,112 @@ def test_close_closes_the_open_reader_once() -> None:
     source.close()
     source.close()
     assert log == [("reader", "a", None), ("closed",)]
+
+
+# ----------------------------------------------------------------------------------------- event time of several splits
+
+
+class Timed:
+    """A runner over splits of event times in us, with a clock; None is an empty poll."""
+
+    def __init__(self, splits: dict[str, list[Any]], event_time: EventTime, *, endless: bool = True) -> None:
+        self.now = 0.0
+
+        def fn(name: str, position: int) -> Any:
+            for at in splits[name][position:]:
+                yield None if at is None else pa.record_batch({"t": pa.array([at], pa.timestamp("us"))})
+
+        schema = pa.schema({"t": pa.timestamp("us")})
+        source = GeneratorSource(fn, splits=list(splits), schema=schema, bounded=not endless)
+        ctx = replace(context("src", "my source"), now=lambda: self.now, wall_time=lambda: 1.0)
+        self.runner = SourceRunner(PlannedSource("src", "my source", source, event_time), ctx)
+
+    def assign(self, *names: str, no_more: bool = True, newest_us: int | None = None) -> None:
+        splits = [SplitState("src", n, i, n, None, newest_us) for i, n in enumerate(names)]
+        self.runner.assign(splits, no_more=no_more)
+
+    def poll(self, times: int = 1) -> int:
+        """The watermark after so many polls."""
+        for _ in range(times):
+            self.runner.poll()
+        return self.runner.watermark
+
+
+def test_the_watermark_is_the_lowest_of_the_splits_that_are_read_in_turns() -> None:
+    timed = Timed({"a": [10, 20, 30], "b": [3, 4, 100]}, EventTime("t", max_delay_us=0))
+    timed.assign("a", "b")
+    assert timed.poll() == MIN_WATERMARK, "b has said nothing yet"
+    assert timed.poll() == 3
+    assert timed.poll(2) == 4
+    assert timed.poll(2) == 30
+    assert timed.poll() == 100, "a has ended and holds nothing back"
+
+
+def test_the_watermark_waits_for_splits_that_may_still_come() -> None:
+    timed = Timed({"a": [10, 20, 30], "b": [3]}, EventTime("t", max_delay_us=0))
+    timed.assign("a", no_more=False)
+    assert timed.poll() == MIN_WATERMARK
+    assert timed.runner.wants_split(), "all it may have, at once"
+    timed.assign("b")
+    assert timed.poll(2) == 3
+
+
+def test_a_split_that_is_asked_in_vain_for_long_is_left_out_and_comes_back() -> None:
+    splits: dict[str, list[Any]] = {"a": list(range(10, 30)), "b": [3, None, None, None, None, None, None, 5, 6]}
+    timed = Timed(splits, EventTime("t", max_delay_us=0, idle_timeout_us=1_000_000))
+    timed.assign("a", "b")
+    assert timed.poll(2) == 3
+    timed.now = 100.0
+    assert timed.poll(2) == 3, "time in which nobody asked does not count"
+    timed.now = 100.9
+    assert timed.poll(2) == 3
+    timed.now = 101.0
+    assert timed.poll() == 15
+    assert not timed.runner.idle, "a is not"
+    assert timed.poll(2) == 17
+    assert timed.poll(3) == 17, "b is back at 5, and what was said stays (W1)"
+
+
+def test_all_idle_says_so_and_the_watermark_stays() -> None:
+    timed = Timed({"a": [10, None, None, 12]}, EventTime("t", max_delay_us=0, idle_timeout_us=1_000_000), endless=False)
+    timed.assign("a")
+    assert timed.poll() == 10
+    timed.poll()
+    timed.now = 1.0
+    assert timed.poll() == 10
+    assert timed.runner.idle
+    assert timed.poll() == 12
+    assert not timed.runner.idle
+
+
+@pytest.mark.parametrize("endless", [True, False])
+def test_event_time_goes_on_where_it_was_stored(endless: bool) -> None:
+    timed = Timed({"a": [10, 7, 20]}, EventTime("t", max_delay_us=2), endless=endless)
+    timed.assign("a")
+    timed.poll()
+    (stored,) = timed.runner.unfinished()
+    assert stored.newest_us == 10
+    again = Timed({"a": [10, 7, 20]}, EventTime("t", max_delay_us=2), endless=endless)
+    again.runner.assign([stored], no_more=True)
+    assert again.poll() == 8, "the row at 7 was late and stays so"
+    (stored,) = again.runner.unfinished()
+    assert stored.newest_us == 10
+
+
+def can_poll(timed: Timed) -> bool:
+    return timed.runner.can_poll
+
+
+def test_a_split_that_is_too_far_ahead_is_not_read() -> None:
+    timed = Timed({"a": [10, 11, 40, 41], "b": [8, 9, 10, 11]}, EventTime("t", max_delay_us=0, max_drift_us=5))
+    timed.assign("a", "b")
+    timed.poll(2)
+    assert not can_poll(timed), "nobody knows yet how far the slowest is"
+    timed.runner.slowest = 8
+    assert can_poll(timed)
+    assert timed.poll(4) == 10
+    assert timed.poll() == 11, "b is read on, a waits at 40"
+    assert timed.poll() == 40, "b has ended"
+    assert not can_poll(timed)
+    timed.runner.slowest = 36
+    assert can_poll(timed)

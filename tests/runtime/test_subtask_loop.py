@@ -19,6 +19,7 @@ from rayflow.core.messages import (
     Decline,
     EndOfInput,
     Heartbeat,
+    Idle,
     InputEnded,
     Reset,
     Shutdown,
@@ -265,3 +266,46 @@ def test_run_subtask_waits_for_ever_when_nothing_can_happen_by_itself() -> None:
     inbox = Script(rig, [], [reset], [bye])
     run_subtask(rig.subtask, inbox, rig.host.now)
     assert inbox.waits == [None, None, None]
+
+
+def test_idleness_goes_on_behind_the_output_and_is_taken_back_before_the_next_row() -> None:
+    rig = Rig("mid").running()
+    rig.element(Watermark(50), FIRST)
+    rig.rows(7)
+    rig.element(Idle(), FIRST)
+    rig.element(EndOfInput(), SECOND)
+    rig.work_all()
+    rig.work(seconds=0.1)
+    assert rig.sent() == [Watermark(49), [7], Idle()]
+    rig.work(3, seconds=0.1)
+    assert rig.sent()[3:] == [], "said once"
+    rig.element(Watermark(50), FIRST)
+    rig.rows(8)
+    rig.work_all()
+    rig.work(seconds=0.01)
+    assert rig.sent()[3:] == [Watermark(49), [8]]
+    rig.element(Watermark(60), FIRST)
+    rig.work_all()
+    assert rig.sent()[5:] == [Watermark(59)]
+
+
+def test_one_idle_input_is_not_enough() -> None:
+    rig = Rig("mid").running()
+    rig.element(Idle(), FIRST)
+    rig.work_all()
+    rig.work(3, seconds=0.1)
+    assert rig.sent() == []
+
+
+def test_while_output_waits_for_credit_nothing_is_idle() -> None:
+    rig = Rig("mid", inflight_bytes=1024).running()
+    for _ in range(3):
+        rig.rows(*range(60))
+        rig.work_all()
+        rig.work(seconds=0.02)
+    assert rig.subtask._machine is not None
+    assert rig.subtask._machine.output_blocked
+    rig.element(Idle(), FIRST)
+    rig.element(Idle(), SECOND)
+    rig.work(3, seconds=0.1)
+    assert Idle() not in rig.sent()
