@@ -211,6 +211,12 @@ class RunStore:
         self._pending = self._without(self._pending, last_start)
         self._count()
 
+    def starts_from(self, first_start: int) -> Int64Array:
+        """The starts, ascending, of the windows that start at ``first_start`` or later and have rows."""
+        tables = [self._open_rows(run, None, first_start) for run in self.runs() if run.high >= first_start]
+        found: Int64Array = np.unique(np.concatenate([np.zeros(0, np.int64), *map(self.starts_of, tables)]))
+        return found
+
     def peek(self, first_start: int, last_start: int) -> pa.Table | None:
         """Rows of the windows that start between these, both inclusive, with keys and windows made unique, in order of
         the window start; removes nothing. None if there are none. What is on disk is mapped, but the result of a merge

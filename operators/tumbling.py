@@ -34,6 +34,9 @@ class WindowSpec(Protocol):
     def first_open(self, watermark: int) -> int:
         """Start of the earliest window that ends after ``watermark``. No pane before it is in an open window."""
 
+    def next_start(self, start: int) -> int:
+        """Start of the window that begins after the one that starts here."""
+
     def ends_of(self, starts: Int64Array) -> Int64Array:
         """Ends of the windows with these starts."""
 
@@ -68,6 +71,9 @@ class Tumbling:
 
     def first_open(self, watermark: int) -> int:
         return self.start_of(watermark)
+
+    def next_start(self, start: int) -> int:
+        return start + self.size_us
 
     def ends_of(self, starts: Int64Array) -> Int64Array:
         return starts + self.size_us

@@ -11,7 +11,7 @@ A window [start, end) is complete when the watermark w >= end, because no row wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final
 
@@ -32,7 +32,9 @@ from rayflow.operators.runs import Frozen, Run, RunStore
 from rayflow.operators.spill import RowOrder, Spill
 from rayflow.operators.tumbling import Tumbling, WindowSpec, tumbling
 from rayflow.operators.windowing.panes import Firing, PaneIsWindow, TwoStacks
+from rayflow.operators.windowing.progress import Emit, Progress, check_emit
 from rayflow.operators.windowing.sliding import Sliding
+from rayflow.operators.windowing.updates import current, updated, windows_of
 
 LATE = "late"
 """Tag of the side output of rows whose window had closed."""
@@ -63,9 +65,15 @@ class WindowAggregate:
     input_is_partial: bool = False
     on_error: OnNullTime = "fail"
     batch_rows: int = OUTPUT_ROWS
+    allowed_lateness_us: int = 0
+    emit: Emit = "final"
+    """See `rayflow.operators.windowing.progress`."""
+    early_us: int | None = None
+    """With ``update``: all windows that are open give what they have when event time passes a multiple of this."""
 
     def __post_init__(self) -> None:
         check_names(self.keys, self.aggregates)
+        check_emit(self.emit, self.early_us)
         if self.schema is not None:
             self.output_schema(self.schema)
 
@@ -128,7 +136,7 @@ class WindowOperator(Operator):
     def __init__(self, factory: WindowAggregate) -> None:
         self._factory = factory
         self._spec = factory.spec
-        self._watermark = MIN_WATERMARK
+        self._progress = Progress(factory.allowed_lateness_us, factory.emit)
         self._plan: Preaggregation | None = None
         self._bound_to = pa.schema([])
         """Schema of the last batch, which is known to fit ``_plan``."""
@@ -140,6 +148,11 @@ class WindowOperator(Operator):
     def open(self, ctx: OperatorContext, out: Output) -> None:
         Operator.open(self, ctx, out)
         self._reader = EventTimeReader(self._factory.event_time, on_error=self._factory.on_error, where=str(ctx))
+
+    @property
+    def _watermark(self) -> int:
+        """Windows that end here or before are gone: the watermark, behind it by the allowed lateness."""
+        return self._progress.kept
 
     @property
     def late_rows(self) -> int:
@@ -212,15 +225,21 @@ class WindowOperator(Operator):
         assert self._runs is not None
         self._runs.append(run)
         self._firing.touched(run.low)
+        fired = self._spec.first_open(self._progress.fired)
+        if self._factory.emit == "update" and self._spec.first_open(run.low) < fired:
+            kept = self._spec.first_open(self._progress.kept)
+            assert self._plan is not None
+            starts = windows_of(self._runs.starts_of(run.table), self._spec, kept, fired)
+            self._emit(updated(self._runs, self._plan, self._spec, run.table, starts))
 
     def _closed(self, start: int) -> bool:
-        """Whether all windows of the pane have ended."""
-        return start < self._spec.first_open(self._watermark)
+        """Whether all windows of the pane are gone."""
+        return start < self._spec.first_open(self._progress.kept)
 
     def _late(self, starts: Int64Array | int, rows: int) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
         if isinstance(starts, int):
             return np.full(rows, self._closed(starts))
-        return starts < self._spec.first_open(self._watermark)
+        return starts < self._spec.first_open(self._progress.kept)
 
     def _bind(self, preaggregation: Preaggregation) -> None:
         """Types are known: from a snapshot or from rows; all that come later must agree with the first."""
@@ -247,31 +266,39 @@ class WindowOperator(Operator):
         """Fire all windows that end at ``time`` or before, in order of their start, and then pass the watermark on.
 
         What is passed on speaks of the event time of the results, which is their window start: the start of the first
-        window that has not ended, because no later result starts before it.
+        window that is still there, because no later result starts before it.
         """
-        if time > self._watermark:
-            self._fire(time)
-            self._watermark = time
-        if self._watermark in (MIN_WATERMARK, MAX_WATERMARK):
-            return self._watermark
-        return max(MIN_WATERMARK, self._spec.first_open(self._watermark))
+        if time > self._progress.watermark:
+            before, self._progress = self._progress, self._progress.next(time)
+            self._fire(before, self._progress)
+        kept = self._progress.kept
+        return kept if kept in (MIN_WATERMARK, MAX_WATERMARK) else max(MIN_WATERMARK, self._spec.first_open(kept))
 
-    def _fire(self, time: int) -> None:
+    def _fire(self, before: Progress, now: Progress) -> None:
         low = None if self._runs is None else self._runs.low
         if low is None:
             return
-        if self._closed(low):
+        if low < self._spec.first_open(before.kept):
             raise ProtocolError(
-                f"W3: {self.ctx} holds a window from {low} us that had closed by its watermark {self._watermark}"
+                f"W3: {self.ctx} holds a window from {low} us that had closed by its watermark {before.watermark}"
             )
-        since, until = (self._spec.first_open(time) for time in (max(self._watermark, low), time))
-        if since >= until:
-            return
         assert self._runs is not None
         assert self._plan is not None
-        for due in self._firing.due(self._runs, self._plan, since, until):
+        until, keep = self._spec.first_open(now.fired), self._spec.first_open(now.kept)
+        since = self._spec.first_open(max(before.fired, low))
+        if since < until or low < keep:
+            self._emit(self._firing.due(self._runs, self._plan, min(since, until), until, keep))
+        early_us = self._factory.early_us
+        if early_us is not None and now.watermark // early_us > before.watermark // early_us:
+            begun = windows_of(self._runs.starts_from(until), self._spec, until, now.watermark + 1)
+            self._emit(current(self._runs, self._plan, self._spec, begun))
+
+    def _emit(self, due: Iterable[pa.Table]) -> None:
+        """Partial results of whole windows, in order of their start."""
+        assert self._plan is not None
+        for partials in due:
             try:
-                table = self._plan.finalise(due, self._spec.ends_of)
+                table = self._plan.finalise(partials, self._spec.ends_of)
             except DataError as error:
                 raise DataError(f"{self.ctx}: {error}") from error
             self.counters.fired_rows += table.num_rows
@@ -283,8 +310,8 @@ class WindowOperator(Operator):
     def snapshot(self, checkpoint: CheckpointId) -> FrozenState:
         """The runs, uploaded once each, and how far they have got, in a table of its own without rows.
 
-        A run that was uploaded before some of its windows closed still has their rows: those with
-        ``window_start + size_us <= watermark`` are no state.
+        A run that was uploaded before some of its windows closed still has their rows: those with a ``window_start``
+        before ``open_from`` are no state.
         """
         runs = Frozen((), (), (), ()) if self._runs is None else self._runs.freeze()
         keys = self._factory.keys or None
@@ -293,8 +320,9 @@ class WindowOperator(Operator):
             schema=_no_rows(self._factory.keys),
             key_columns=keys,
             meta={
-                "watermark": self._watermark,
+                **self._progress.meta(),
                 **self._spec.cut(),
+                "open_from": max(MIN_WATERMARK, self._spec.first_open(self._watermark)),
                 "late_rows": self.late_rows,
                 "first_group": self.ctx.key_groups.start,
                 "base": list(runs.base),
@@ -320,7 +348,7 @@ class WindowOperator(Operator):
             self._check_windows(state)
         # By old subtask; version 1 of the format had it beside the rows.
         progress = {int(state.meta["first_group"]): state.meta for state in states if state.meta}
-        self._watermark = min((int(meta["watermark"]) for meta in progress.values()), default=MIN_WATERMARK)
+        self._progress = self._progress.restored(list(progress.values()))
         # Each old subtask's counter goes on in one new subtask, so that the sum over subtasks stays right.
         self.counters.late_rows = sum(
             int(meta["late_rows"]) for group, meta in progress.items() if group in self.ctx.key_groups

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
+from datetime import timedelta
 from typing import Any, TypeAlias
 
+from rayflow.config import Duration, duration_us
 from rayflow.errors import PlanError
 from rayflow.graph import Node, caller_location
 from rayflow.operators.aggregates import Aggregate
 from rayflow.operators.ordering.ranked import Keep
 from rayflow.operators.tumbling import Tumbling
+from rayflow.operators.windowing.progress import Emit, check_emit
 from rayflow.operators.windowing.session import Session
 from rayflow.operators.windowing.session_operator import SessionAggregate
 from rayflow.operators.windowing.sliding import Sliding
@@ -19,8 +23,15 @@ from rayflow.stream import KeyedStream, Stream
 AnyWindow: TypeAlias = Tumbling | Sliding | Session
 
 
-def window(keyed: KeyedStream, spec: AnyWindow) -> WindowedStream:
-    """Raises `PlanError` for a stream without event time, and for what is no window."""
+def window(
+    keyed: KeyedStream,
+    spec: AnyWindow,
+    *,
+    allowed_lateness: Duration = "0s",
+    emit: Emit = "final",
+    early: Duration | None = None,
+) -> WindowedStream:
+    """Raises `PlanError` for a stream without event time, for what is no window and for options that mean nothing."""
     if not isinstance(spec, AnyWindow):
         raise PlanError(
             f"step 'window' ({caller_location()}): window() needs windows such as rf.tumbling(\"1m\") or "
@@ -31,15 +42,39 @@ def window(keyed: KeyedStream, spec: AnyWindow) -> WindowedStream:
             f"step 'window' ({caller_location()}): the stream has no event time; pass event_time= to the source or "
             "call .with_event_time(column) before key_by"
         )
-    return WindowedStream(keyed, spec)
+    early_us = None if early is None else duration_us(early, what="early", minimum_us=1)
+    options = Options(duration_us(allowed_lateness, what="allowed_lateness"), emit, early_us)
+    try:
+        check_emit(emit, early_us)
+        if isinstance(spec, Session) and options != Options():
+            raise PlanError("sessions have one result each, when they end: leave allowed_lateness, emit and early out")
+    except PlanError as error:
+        raise PlanError(f"step 'window' ({caller_location()}): {error}") from error
+    return WindowedStream(keyed, spec, options)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """When windows give results; see `KeyedStream.window`."""
+
+    allowed_lateness_us: int = 0
+    emit: Emit = "final"
+    early_us: int | None = None
+
+    def __str__(self) -> str:
+        said = [] if not self.allowed_lateness_us else [f"late by {timedelta(microseconds=self.allowed_lateness_us)}"]
+        said += ["updates"] if self.emit == "update" else []
+        said += [f"early every {timedelta(microseconds=self.early_us)}"] if self.early_us else []
+        return "".join(f", {each}" for each in said)
 
 
 class WindowedStream:
     """What `KeyedStream.window` gives; call `agg`, `deduplicate` or `top`."""
 
-    def __init__(self, keyed: KeyedStream, spec: AnyWindow) -> None:
+    def __init__(self, keyed: KeyedStream, spec: AnyWindow, options: Options) -> None:
         self._keyed = keyed
         self._spec = spec
+        self._options = options
 
     def agg(self, *, name: str | None = None, **aggregates: Aggregate) -> WindowResult:
         """One row a key and window: the keys, ``window_start``, ``window_end`` and the named aggregates."""
@@ -65,17 +100,18 @@ class WindowedStream:
             if isinstance(self._spec, Session):
                 factories = {"operator": SessionAggregate(**what)}
             else:
+                options = asdict(self._options)
                 factories = {
-                    "operator": WindowAggregate(**what),
+                    "operator": WindowAggregate(**what, **options),
                     "combiner": LocalCombine(**what),
-                    "combined": WindowAggregate(**what, input_is_partial=True),
+                    "combined": WindowAggregate(**what, **options, input_is_partial=True),
                 }
         except PlanError as error:
             raise PlanError(f"step {name or 'window'!r} ({caller_location()}): {error}") from error
         node = Node(
             "window",
             (keyed._input(),),
-            detail=f"{self._spec} by {', '.join(keyed._keys)}: {', '.join(aggregates)}",
+            detail=f"{self._spec}{self._options} by {', '.join(keyed._keys)}: {', '.join(aggregates)}",
             name=name,
             location=caller_location(),
             **factories,
@@ -89,6 +125,7 @@ class WindowedStream:
         Keys, ``window_start``, ``window_end`` and the other columns. Of rows of the same time the one that is smaller,
         compared column by column. For `rf.tumbling` and `rf.sliding`.
         """
+        self._refuse_options("deduplicate", name)
         return WindowResult(window_deduplicate(self._keyed, self._spec, keep=keep, name=name))
 
     def top(self, n: int, *, by: str, descending: bool = True, name: str | None = None) -> WindowResult:
@@ -98,11 +135,19 @@ class WindowedStream:
         ranks first, then the row that is smaller, compared column by column; NaN is the largest number; rows with null
         in ``by`` are not ranked. For `rf.tumbling` and `rf.sliding`.
         """
+        self._refuse_options("top", name)
         return WindowResult(window_top(self._keyed, self._spec, n, by=by, descending=descending, name=name))
+
+    def _refuse_options(self, label: str, name: str | None) -> None:
+        if self._options != Options():
+            raise PlanError(
+                f"step {name or label!r} ({caller_location()}): {label} gives rows when the window closes; leave "
+                "allowed_lateness, emit and early out of window()"
+            )
 
 
 class WindowResult(Stream):
-    """Results of windows; ``late`` are the rows that came after all their windows had fired."""
+    """Results of windows; ``late`` are the rows that came after all their windows were gone."""
 
     def __init__(self, node: Node) -> None:
         super().__init__(node, event_time="window_start")

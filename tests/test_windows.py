@@ -10,6 +10,8 @@ import pyarrow as pa
 import pytest
 
 import rayflow as rf
+from rayflow.operators.tumbling import Tumbling
+from rayflow.operators.windowing.sliding import Sliding
 
 ROWS = 3_000
 
@@ -100,6 +102,37 @@ def test_windows_of_sessions_lose_nothing(events: pa.Table) -> None:
     first = keyed(events).window(rf.session(gap="5s")).agg(n=rf.count())
     again = first.key_by("k").window(rf.tumbling("1s")).agg(total=rf.sum("n"))
     assert sum(row[-1] for row in ran(again, parallelism=2)) == ROWS
+
+
+@pytest.mark.parametrize("parallelism", [1, 2])
+@pytest.mark.parametrize("window", [rf.tumbling("10s"), rf.sliding("10s", every="5s")], ids=str)
+def test_late_rows_that_are_allowed_update_the_result(
+    events: pa.Table, window: Tumbling | Sliding, parallelism: int
+) -> None:
+    """The delay is said to be zero, rows come up to 3 s late."""
+    late = rf.from_arrow(events, batch_rows=50, event_time="t", max_delay="0s").key_by("k")
+    right = ran(keyed(events).window(window).agg(n=rf.count(), total=rf.sum("v")), parallelism=1)
+    final = late.window(window, allowed_lateness="4s").agg(n=rf.count(), total=rf.sum("v"))
+    assert ran(final, parallelism=parallelism) == right
+    updated = late.window(window, allowed_lateness="4s", emit="update", early="3s")
+    told = ran(updated.agg(n=rf.count(), total=rf.sum("v")), parallelism=parallelism)
+    assert sorted({row[:3]: row for row in told}.values()) == right, "rows are sorted: the last has the highest count"
+    assert len(told) > len(right)
+
+
+def test_options_that_do_not_go_together_are_refused(events: pa.Table) -> None:
+    stream = keyed(events)
+    with pytest.raises(rf.PlanError, match=r"step 'window' \(test_windows.py:\d+\): early= needs"):
+        stream.window(rf.tumbling("10s"), early="1s")
+    with pytest.raises(rf.PlanError, match="sessions have one result"):
+        stream.window(rf.session(gap="10s"), allowed_lateness="1s")
+    with pytest.raises(rf.PlanError, match="top gives rows when the window closes"):
+        stream.window(rf.tumbling("10s"), emit="update").top(1, by="v")
+    with pytest.raises(rf.ConfigError, match="allowed_lateness"):
+        stream.window(rf.tumbling("10s"), allowed_lateness="soon")
+    counted = stream.window(rf.tumbling("10s"), allowed_lateness="1m", emit="update", early="5s").agg(n=rf.count())
+    text = rf.Flow("f", counted.collect()).explain()
+    assert "tumbling 0:00:10, late by 0:01:00, updates, early every 0:00:05 by k: n" in text
 
 
 def test_what_is_no_window_is_refused(events: pa.Table) -> None:

@@ -22,9 +22,10 @@ from typing import Final, Protocol
 import numpy as np
 import pyarrow as pa
 
-from rayflow.operators.preaggregate import WINDOW_START, Preaggregation
+from rayflow.operators.preaggregate import Preaggregation
 from rayflow.operators.runs import RunStore
 from rayflow.operators.windowing.sliding import Sliding
+from rayflow.operators.windowing.updates import at
 
 SUFFIX_BYTES: Final = 64 * 1024 * 1024
 
@@ -32,9 +33,10 @@ SUFFIX_BYTES: Final = 64 * 1024 * 1024
 class Firing(Protocol):
     """What fires the windows of one operator instance. Never asked about windows that have fired."""
 
-    def due(self, runs: RunStore, plan: Preaggregation, since: int, until: int) -> Iterator[pa.Table]:
+    def due(self, runs: RunStore, plan: Preaggregation, since: int, until: int, keep: int) -> Iterator[pa.Table]:
         """Partial results by key and window, in order of the window, of those that start at ``since`` or later and
-        before ``until``; removes panes that no later window needs. To be read to its end before anything else."""
+        before ``until``; removes panes before ``keep``, which is ``until`` or less. To be read to its end before
+        anything else."""
 
     def touched(self, low: int) -> None:
         """Rows have come for panes from ``low`` on."""
@@ -43,8 +45,13 @@ class Firing(Protocol):
 class PaneIsWindow:
     """Tumbling windows."""
 
-    def due(self, runs: RunStore, plan: Preaggregation, since: int, until: int) -> Iterator[pa.Table]:
-        return runs.take(until - 1)
+    def due(self, runs: RunStore, plan: Preaggregation, since: int, until: int, keep: int) -> Iterator[pa.Table]:
+        if keep == until:
+            runs.drop(since - 1)  # have fired, and were kept for updates
+            return runs.take(until - 1)
+        rows = runs.peek(since, until - 1)
+        runs.drop(keep - 1)
+        return iter([] if rows is None else [rows])
 
     def touched(self, low: int) -> None:
         return None
@@ -78,18 +85,23 @@ class TwoStacks:
         if self._edge is not None and low < self._edge:
             self._edge = None
 
-    def due(self, runs: RunStore, plan: Preaggregation, since: int, until: int) -> Iterator[pa.Table]:
+    def due(self, runs: RunStore, plan: Preaggregation, since: int, until: int, keep: int) -> Iterator[pa.Table]:
         start = since
-        while (low := runs.low) is not None:
+        while start < until:
+            low = runs.low
+            if low is not None and low < start:  # that pane is kept for updates
+                low = next(iter(runs.starts_from(start).tolist()), None)
+            if low is None:
+                break
             start = max(start, self._spec.first_open(low))  # windows before have no rows
             if start >= until:
                 break
             window = self._window(runs, plan, start)
             if window is not None:
-                yield _at(window, start, plan)
+                yield at(window, start, plan)
             start += self._spec.every_us
-            runs.drop(start - 1)
-        runs.drop(until - 1)
+            runs.drop(min(start, keep) - 1)
+        runs.drop(keep - 1)
 
     def _window(self, runs: RunStore, plan: Preaggregation, start: int) -> pa.Table | None:
         end = start + self._spec.size_us
@@ -114,11 +126,11 @@ class TwoStacks:
         begins = (runs.starts_of(rows) - start) // every * every + start
         cuts = [0, *(np.flatnonzero(np.diff(begins)) + 1).tolist(), len(begins)]
         held = sum(suffix.table.nbytes for suffix in self._older)
-        for at in reversed(range(len(cuts) - 1)):
-            table = _merged(table, rows.slice(cuts[at], cuts[at + 1] - cuts[at]), plan, runs)
+        for cut in reversed(range(len(cuts) - 1)):
+            table = _merged(table, rows.slice(cuts[cut], cuts[cut + 1] - cuts[cut]), plan, runs)
             assert table is not None
-            after = int(begins[cuts[at] - 1]) if at else start - 1
-            self._older.append(Suffix(after, int(begins[cuts[at]]), table))
+            after = int(begins[cuts[cut] - 1]) if cut else start - 1
+            self._older.append(Suffix(after, int(begins[cuts[cut]]), table))
             held += table.nbytes
             if held > self._suffix_bytes and len(self._older) > 2:
                 self._older = [*self._older[:-1:2], self._older[-1]]
@@ -134,13 +146,7 @@ def _merged(one: pa.Table | None, other: pa.Table | None, plan: Preaggregation, 
         if starts[0] == starts[-1]:
             return other
     both = other if one is None else pa.concat_tables([one, other])
-    return plan.merge(both if plan.keys else _at(both, 0, plan), 0)
-
-
-def _at(table: pa.Table, start: int, plan: Preaggregation) -> pa.Table:
-    """The table with one window start in all rows."""
-    column = pa.array(np.full(table.num_rows, start, np.int64)).view(plan.window_type)
-    return table.set_column(len(plan.keys), plan.schema.field(WINDOW_START), column)
+    return plan.merge(both if plan.keys else at(both, 0, plan), 0)
 
 
 __all__ = ["Firing", "PaneIsWindow", "TwoStacks"]

@@ -47,6 +47,9 @@ class Sliding:
             self.every_us + self.offset_us
         )
 
+    def next_start(self, start: int) -> int:
+        return start + self.every_us
+
     def ends_of(self, starts: Int64Array) -> Int64Array:
         return starts + self.size_us
 

@@ -23,6 +23,7 @@ from rayflow.errors import ConfigError, DataError, ExpressionError, PlanError, P
 from rayflow.expressions import col
 from rayflow.operators.base import MAIN, Collected, FrozenState, Operator, RestoredState
 from rayflow.operators.grouping import flat
+from rayflow.operators.windowing.progress import Progress
 from rayflow.operators.windows import (
     LATE,
     Combiner,
@@ -462,10 +463,10 @@ def test_a_snapshot_does_not_see_what_comes_later() -> None:
 class _FiresTwice(WindowOperator):
     """Broken: forgets to drop the window that fired."""
 
-    def _fire(self, time: int) -> None:
+    def _fire(self, before: Progress, now: Progress) -> None:
         assert self._runs is not None
         kept = self._runs.runs()
-        super()._fire(time)
+        super()._fire(before, now)
         for run in kept:
             self._runs.append(run)
 
@@ -475,7 +476,7 @@ class _ForgetsTheWatermark(WindowOperator):
 
     def restore(self, states: Sequence[RestoredState]) -> None:
         super().restore(states)
-        self._watermark = MIN_WATERMARK
+        self._progress = Progress()
 
 
 def test_a_window_that_would_fire_twice_is_caught() -> None:

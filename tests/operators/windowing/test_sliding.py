@@ -17,6 +17,7 @@ from rayflow.core.ids import MAX_WATERMARK, MIN_WATERMARK
 from rayflow.errors import ConfigError, ProtocolError, StateSchemaError
 from rayflow.operators.base import MAIN, Operator
 from rayflow.operators.windowing.panes import TwoStacks
+from rayflow.operators.windowing.progress import Progress
 from rayflow.operators.windowing.sliding import Sliding, sliding
 from rayflow.operators.windows import LATE, LocalCombine, WindowAggregate, WindowOperator
 from tests.operators.helpers import frozen, opened, rows
@@ -170,7 +171,7 @@ def test_windows_that_fire_again_after_a_restore_are_refused() -> None:
     broken, _ = opened(factory(Sliding(10, 5)))
     broken.restore(states)
     assert isinstance(broken, WindowOperator)
-    broken._watermark = 30
+    broken._progress = Progress().next(30)
     with pytest.raises(ProtocolError, match="W3"):
         broken.on_watermark(40)
 
