@@ -102,7 +102,9 @@ def rescaled(flow: Flow, workers: tuple[int, int, int], seed: int, **state: Any)
     stage, gate = Stage.new(seed), Gate()
     target = stage.target()
     result, expected = flow(gate.stream(), workers)
-    job = scripted([(result, target, expected)], parallelism=workers[0], max_parallelism=GROUPS)
+    job = scripted(
+        [(result, target, expected)], parallelism=workers[0], max_parallelism=GROUPS, batch_rows=8, interval_s=0.02
+    )
     for name, value in state.items():
         object.__setattr__(job.config, name, value)
     plans = [build_plan("sim", [sink(result, target)], parallelism=p, max_parallelism=GROUPS) for p in workers]
