@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import rayflow as rf
 from rayflow.errors import JobFailedError, PlanError
@@ -370,3 +373,36 @@ def test_the_plan_shows_what_holds_event_time_back() -> None:
     ) in text
     behind = rf.from_arrow(table).filter(rf.col("who") == "a").with_event_time("at", max_delay="5s", idle_timeout="9s")
     assert "event time 'at', max delay 5 s, idle after 9 s" in rf.Flow("x", behind.collect()).explain()
+
+
+# ------------------------------------------------------------------------------------- results depend on the rows alone
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_results_do_not_depend_on_parallelism_batches_pauses_or_drift(data: st.DataObject) -> None:
+    """Three splits, each within the delay of its own order; in no setting is a row late."""
+    delay = data.draw(st.integers(0, 5), label="delay")
+    splits: list[list[int]] = []
+    for _ in range(3):
+        now, at = 0, []
+        for step, behind in data.draw(st.lists(st.tuples(st.integers(-3, 20), st.integers(0, 5)), max_size=15)):
+            now += max(0, step)
+            at.append(now - min(behind, delay) - 20)
+        splits.append(at)
+    pauses = data.draw(st.lists(st.integers(0, 30), min_size=3, max_size=3), label="pauses")
+    batch_rows = data.draw(st.integers(1, 4), label="rows a batch")
+    max_drift = data.draw(st.sampled_from([None, "1s", "30s"]), label="drift")
+
+    def fn(split: int, position: int) -> Iterator[pa.RecordBatch | None]:
+        for first in range(position, len(splits[split]), batch_rows):
+            yield from [None] * pauses[split]
+            yield rows("ab"[split % 2], *splits[split][first : first + batch_rows])
+
+    stream = rf.from_generator(fn, splits=3, schema=SCHEMA, bounded=False)
+    windows = counts(stream.with_event_time("at", max_delay=f"{delay}s", max_drift=max_drift), size="7s")
+    flow = rf.Flow("x", windows.collect(name="counts"), windows.late.collect(name="late"))
+    result = run(flow, data.draw(st.integers(1, 4), label="parallelism"))
+    expected = Counter(("ab"[i % 2], at // 7 * 7) for i, part in enumerate(splits) for at in part)
+    assert found(result.table("counts")) == sorted((*key, n) for key, n in expected.items())
+    assert result.table("late").num_rows == 0
