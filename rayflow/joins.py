@@ -1,18 +1,19 @@
-"""``KeyedStream.join`` and ``KeyedStream.join_asof``: from two keyed streams to a step of the graph."""
+"""``KeyedStream.join``, ``KeyedStream.join_asof`` and ``Stream.lookup``: from two streams to a step of the graph."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rayflow.config import Duration, duration_us
 from rayflow.errors import PlanError
-from rayflow.graph import Node, caller_location
+from rayflow.graph import Exchange, Input, Node, caller_location
 from rayflow.operators.base import EventTime
 from rayflow.operators.joins.asof import AsofJoin
 from rayflow.operators.joins.columns import How
 from rayflow.operators.joins.interval import JOIN_TIME, IntervalJoin
+from rayflow.operators.joins.lookup import Lookup
 from rayflow.operators.joins.operator import LATE_LEFT, LATE_RIGHT, Join
 from rayflow.operators.joins.window import WINDOW, WindowJoin
 from rayflow.operators.windows import Tumbling
@@ -94,6 +95,44 @@ def join_asof(
     return _step(
         where, "join_asof", left, right, AsofJoin, what, how, suffix, name, detail, lambda keyed: keyed._event_time
     )
+
+
+def lookup(
+    left: Stream, table: Any, *, on: str | Sequence[str] | None, how: Any, suffix: str, name: str | None
+) -> Stream:
+    where = f"step {name or 'lookup'!r} ({caller_location()})"
+    if not isinstance(table, KeyedStream):
+        raise PlanError(
+            f"{where}: the table must be keyed by what it is looked up by, got {type(table).__name__}; write "
+            'left.lookup(table.key_by("id"), on="id")'
+        )
+    keys = table._keys if on is None else (on,) if isinstance(on, str) else tuple(on)
+    schema = _schema(left)
+    try:
+        for key in keys:
+            if schema is not None and key not in schema.names:
+                raise PlanError(f"on= names the column {key!r}, which is not among {', '.join(schema.names)}")
+        operator = Lookup(
+            left_keys=keys,
+            right_keys=table._keys,
+            how=how,
+            suffix=suffix,
+            right_time=table._event_time,
+            left_schema=schema,
+            right_schema=_schema(table),
+        )
+    except PlanError as error:
+        raise PlanError(f"{where}: {error}") from error
+    node = Node(
+        "lookup",
+        (left._input(), Input(table._node, Exchange("broadcast"), table._tag)),
+        operator,
+        detail=f"{how} by {', '.join(keys)}",
+        name=name,
+        location=caller_location(),
+    )
+    node.schema(look=False)
+    return Stream(node, event_time=left._event_time)
 
 
 def _step(
@@ -193,4 +232,4 @@ def _advances(node: Node) -> bool:
     return all(_advances(each.node) for each in node.inputs)
 
 
-__all__ = ["JoinResult", "Within", "join", "join_asof"]
+__all__ = ["JoinResult", "Within", "join", "join_asof", "lookup"]

@@ -194,6 +194,27 @@ class Stream:
         times = {s._event_time for s in (self, *others)}
         return Stream(node, event_time=times.pop() if len(times) == 1 else None)
 
+    def lookup(
+        self,
+        table: KeyedStream,
+        *,
+        on: str | Sequence[str] | None = None,
+        how: Literal["inner", "left"] = "left",
+        suffix: str = "_right",
+        name: str | None = None,
+    ) -> Stream:
+        """Each row with the row of its key that ``table`` has just then; ``on`` names the columns to look up by, where
+        they are not called as those that the table is keyed by.
+
+        Every subtask keeps the whole table, so it must be small, and this stream stays where it is. The latest row of
+        a key counts, by event time if the table has one. Rows do not wait: what they find depends on how far the table
+        has come, so after a restart it may be something newer; `KeyedStream.join_asof` and `KeyedStream.join` are
+        exact. ``left``: rows that find nothing come out too, with nulls.
+        """
+        from rayflow.joins import lookup
+
+        return lookup(self, table, on=on, how=how, suffix=suffix, name=name)
+
     def rebalance(self, *, parallelism: int | None = None) -> Stream:
         """Deal batches out evenly over the subtasks of the next step."""
         return self._exchanged("rebalance", parallelism)

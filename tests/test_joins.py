@@ -278,5 +278,58 @@ def test_the_page_on_joins_runs() -> None:
     namespace: dict[str, Any] = {}
     for block in re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL):
         exec(compile(block, "joins.md", "exec"), namespace)
-    rows = {name: namespace[name].to_arrow().num_rows for name in ("near", "minute", "valid", "kept", "whole")}
-    assert rows == {"near": 3, "minute": 3, "valid": 3, "kept": 5, "whole": 5}
+    rows = {name: namespace[name].to_arrow().num_rows for name in ("near", "minute", "valid", "kept", "whole", "named")}
+    assert rows == {"near": 3, "minute": 3, "valid": 3, "kept": 5, "whole": 5, "named": 3}
+
+
+@pytest.mark.parametrize("parallelism", [1, 2, 4])
+def test_rows_are_looked_up_in_a_table_that_every_subtask_has(parallelism: int) -> None:
+    """A row finds what is right or, where the table is not there yet, nothing; the next step goes on with its time."""
+    data = _side(1, "k")
+    table = pa.table({"id": np.arange(30), "name": [f"n{i}" for i in range(30)]})
+    named = _stream(data).lookup(rf.from_arrow(table).key_by("id"), on="k")
+    windows = named.key_by("k").window(rf.tumbling("60s")).agg(n=rf.count())
+    result = rf.Flow("lookup", named.collect(name="rows"), windows.collect(name="n")).run(
+        parallelism=parallelism, local=True, progress=False
+    )
+    found = result.table("rows")
+    assert found.schema.names == ["k", "row", "t", "name"]
+    assert sorted(found.column("row").to_pylist()) == data.column("row").to_pylist()
+    for k, name in zip(found.column("k").to_pylist(), found.column("name").to_pylist(), strict=True):
+        assert name is None or name == f"n{k}"
+    assert sum(result.table("n").column("n").to_pylist()) == ROWS
+
+
+def test_lookups_go_on_from_a_checkpoint(tmp_path: Path) -> None:
+    """No row is lost or comes twice, and none finds what is not its own."""
+    data = _side(1, "k")
+    table = pa.table({"id": np.arange(40), "name": [f"n{i}" for i in range(40)]})
+    failing = _stream(data).map_batches(
+        FailsOnce, fn_constructor_args=(str(tmp_path / "failed"), 1_500), schema=data.schema
+    )
+    flow = rf.Flow("lookup", failing.lookup(rf.from_arrow(table).key_by("id"), on="k").collect())
+    result = flow.run(
+        parallelism=2,
+        local=True,
+        progress=False,
+        checkpoints=rf.CheckpointConfig(str(tmp_path / "checkpoints"), interval="1ms", min_pause="0s"),
+        config=rf.JobConfig(restart=rf.Restart.fixed(delay="0s")),
+    )
+    assert (tmp_path / "failed").exists()
+    found = result.table()
+    assert sorted(found.column("row").to_pylist()) == data.column("row").to_pylist()
+    named = [r for r in found.to_pylist() if r["name"] is not None]
+    assert named
+    assert all(r["name"] == f"n{r['k']}" for r in named)
+
+
+def test_mistakes_in_lookups_are_told() -> None:
+    rows, table = _stream(_side(1, "k", 10)), _stream(_side(2, "rk", 10))
+    with pytest.raises(rf.PlanError, match=r"^step 'lookup' \(test_joins.py:\d+\): the table must be keyed"):
+        rows.lookup(table)  # type: ignore[arg-type]
+    with pytest.raises(rf.PlanError, match=r"on= names the column 'rk', which is not among k, row, t"):
+        rows.lookup(table.key_by("rk"))
+    with pytest.raises(rf.PlanError, match=r"how= must be one of inner, left here, got 'full'"):
+        rows.lookup(table.key_by("rk"), on="k", how="full")  # type: ignore[arg-type]
+    with pytest.raises(rf.PlanError, match=r"must have one type, 't' of the left side"):
+        rows.lookup(table.key_by("rk"), on="t")

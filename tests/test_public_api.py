@@ -49,8 +49,8 @@ ERRORS = {
 
 METHODS = {
     rf.Stream: {
-        "broadcast", "collect", "drop", "filter", "flat_map", "key_by", "map", "map_batches", "print", "rebalance",
-        "rename", "select", "show", "sort_by_event_time", "take", "to_arrow", "union", "with_columns",
+        "broadcast", "collect", "drop", "filter", "flat_map", "key_by", "lookup", "map", "map_batches", "print",
+        "rebalance", "rename", "select", "show", "sort_by_event_time", "take", "to_arrow", "union", "with_columns",
         "with_event_time", "write", "write_parquet",
     },
     rf.KeyedStream: {
