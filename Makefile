@@ -50,8 +50,8 @@ kill-runs: $(READY) ## runs with SIGKILL at random moments, compared with DuckDB
 nexmark: $(READY) ## every Nexmark query through a kill, equal to DuckDB
 	$(BIN)/python -m examples.nexmark --events 200000 --out-of-order 1s --kill
 
-bench-nexmark: $(READY) ## every Nexmark query, rows/s beside DuckDB
-	$(BIN)/python -m examples.nexmark --events $(or $(EVENTS),5000000)
+bench-nexmark: $(READY) ## every Nexmark query beside DuckDB and, with a Java, Flink: EVENTS=2000000
+	$(BIN)/python -m benchmarks.nexmark --events $(or $(EVENTS),2000000)
 
 clean: ## remove what the targets made, the environment too
 	rm -rf $(VENV) build dist out checkpoints *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
