@@ -41,7 +41,7 @@ LATE = "late"
 STATE: Final = "windows"
 PROGRESS: Final = "progress"
 """Name of the state without rows whose meta says how far the windows have got."""
-CUTS: Final = ("size_us", "offset_us", "every_us")
+CUTS: Final = ("size_us", "offset_us", "every_us", "zone")
 """Keys of `WindowSpec.cut`."""
 OUTPUT_ROWS: Final = 65_536
 
@@ -390,8 +390,9 @@ class WindowOperator(Operator):
 
 
 def _cut(cut: Mapping[str, Any]) -> str:
-    every = f" every {cut['every_us']} us" if "every_us" in cut else ""
-    return f"{cut['size_us']} us{every} from {cut['offset_us']} us on"
+    every = f" every {cut['every_us']} us" if cut.get("every_us") else ""
+    zone = f" in days of {cut['zone']}" if cut.get("zone") else ""
+    return f"{cut['size_us']} us{every} from {cut['offset_us']} us on{zone}"
 
 
 def _no_rows(keys: Sequence[str]) -> pa.Schema:

@@ -50,9 +50,9 @@ from rayflow.operators.state.declared import (
     ValueState,
 )
 from rayflow.operators.user_aggregate import UserAggregate
+from rayflow.operators.windowing.calendar import tumbling
 from rayflow.operators.windowing.session import session
 from rayflow.operators.windowing.sliding import sliding
-from rayflow.operators.windows import tumbling
 from rayflow.reading import from_arrow, from_generator, read_csv, read_json, read_parquet, read_source
 from rayflow.restore_plan import RestorePlan, restore_plan
 from rayflow.runtime.results import JobResult, JobStatus, SubtaskInfo

@@ -12,6 +12,7 @@ from rayflow.graph import Node, caller_location
 from rayflow.operators.aggregates import Aggregate
 from rayflow.operators.ordering.ranked import Keep
 from rayflow.operators.tumbling import Tumbling
+from rayflow.operators.windowing.calendar import CalendarDays
 from rayflow.operators.windowing.progress import Emit, check_emit
 from rayflow.operators.windowing.session import Session
 from rayflow.operators.windowing.session_operator import SessionAggregate
@@ -20,7 +21,7 @@ from rayflow.operators.windows import LocalCombine, WindowAggregate
 from rayflow.ordered import window_deduplicate, window_top
 from rayflow.stream import KeyedStream, Stream
 
-AnyWindow: TypeAlias = Tumbling | Sliding | Session
+AnyWindow: TypeAlias = Tumbling | CalendarDays | Sliding | Session
 
 
 def window(

@@ -104,6 +104,19 @@ def test_windows_of_sessions_lose_nothing(events: pa.Table) -> None:
     assert sum(row[-1] for row in ran(again, parallelism=2)) == ROWS
 
 
+def test_days_of_a_zone_equal_duckdb(events: pa.Table) -> None:
+    hours = events.set_column(1, "t", pa.array([i * 3_600_000_000 for i in range(ROWS)], pa.timestamp("us", "UTC")))
+    counted = keyed(hours).window(rf.tumbling("1d", offset="2h", zone="America/New_York")).agg(n=rf.count())
+    expected = duck(
+        hours,
+        """select k, d::timestamp at time zone 'America/New_York', null, n from (
+             select k, date_trunc('day', t at time zone 'America/New_York' - interval 2 hours) + interval 2 hours d,
+                    count(*) n from events group by all)""",
+    )
+    found = ran(counted, parallelism=2)
+    assert same([(row[0], row[1], row[-1]) for row in found], [(row[0], row[1], row[-1]) for row in expected])
+
+
 @pytest.mark.parametrize("parallelism", [1, 2])
 @pytest.mark.parametrize("window", [rf.tumbling("10s"), rf.sliding("10s", every="5s")], ids=str)
 def test_late_rows_that_are_allowed_update_the_result(
