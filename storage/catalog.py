@@ -88,6 +88,18 @@ class CheckpointReader:
             raise CorruptCheckpointError(f"checkpoint {checkpoint} was given up while it was written; choose another")
         return manifest
 
+    def newest(self) -> Manifest | None:
+        """The newest that counts and can be read; None if there is none."""
+        directory = self.survey()
+        for checkpoint in directory.manifests:
+            try:
+                manifest = self.load(checkpoint)
+            except CorruptCheckpointError:
+                continue
+            if manifest is not None and counts(checkpoint, manifest.incarnation, directory.decisions):
+                return manifest
+        return None
+
     def verify(self, checkpoint: CheckpointId) -> Problems:
         """Read every byte the checkpoint stands on; what is missing or wrong. Empty: it can be restored."""
         try:

@@ -86,7 +86,18 @@ def begin_with(url: str, plan: Plan, store: Store, options: Mapping[str, Any], *
         return
     savepoint, restore = look_at(url, plan, options, allow_other_flow=allow_other_flow)
     restore.check()
-    CheckpointStore(store, plan.name).adopt(savepoint.to_import(), IMPORTED)
+    checkpoints = CheckpointStore(store, plan.name)
+    newest, taken = checkpoints.newest(), savepoint.manifest
+    same_run = (
+        newest is not None and newest.kind != IMPORTED and newest.run_id == taken.run_id
+    )  # imports keep the run id
+    if newest is not None and same_run and newest.checkpoint > taken.checkpoint:
+        raise ConfigError(
+            f"cannot start from {url}: job {plan.name!r} has gone on from there to checkpoint {newest.checkpoint} in "
+            "this checkpoint directory, and what it has committed since would be written again; pass "
+            'start="latest" to go on, or a new checkpoint directory and an output of its own to begin there again'
+        )
+    checkpoints.adopt(savepoint.to_import(), IMPORTED)
 
 
 def look_at(

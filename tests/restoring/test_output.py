@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import rayflow as rf
-from rayflow.errors import JobFailedError
+from rayflow.errors import ConfigError, JobFailedError
 from rayflow.storage.filesystem import ObjectStore
 from rayflow.storage.layout import job_root
 from rayflow.storage.savepoint_copy import all_committed, write_savepoint
@@ -57,4 +57,15 @@ def test_output_of_a_job_that_may_not_have_committed_it_must_be_there(tmp_path: 
     with pytest.raises(JobFailedError, match="was prepared in"):
         run(_flow(tmp_path / "other"), tmp_path / "new", start=url, config=CONFIG)
     run(_flow(tmp_path / "out"), tmp_path / "newer", start=url, config=CONFIG)
+    assert _rows(tmp_path / "out") == ROWS
+
+
+def test_a_job_that_went_on_from_a_savepoint_does_not_begin_there_again(tmp_path: Path) -> None:
+    """A supervisor that runs the same command again would write all output since the savepoint a second time."""
+    url = _stopped(tmp_path, committed=True)
+    run(_flow(tmp_path / "out"), tmp_path / "new", start=url, config=CONFIG)
+    assert _rows(tmp_path / "out") == ROWS
+    with pytest.raises(ConfigError, match='has gone on from there to checkpoint .* pass start="latest"'):
+        run(_flow(tmp_path / "out"), tmp_path / "new", start=url, config=CONFIG)
+    run(_flow(tmp_path / "out"), tmp_path / "new", start="latest", config=CONFIG)
     assert _rows(tmp_path / "out") == ROWS
