@@ -133,7 +133,8 @@ class Emitter:
     def flush_due(self, now: float) -> None:
         """Send what has waited for the linger time."""
         for buffer in list(self._open.values()):
-            if now < buffer.since + self._linger_s:  # as `next_deadline` says it: the difference may round the other way
+            # As `next_deadline` says it: the difference may round the other way, and then nobody would ever be due.
+            if now < buffer.since + self._linger_s:
                 break
             self._flush(buffer)
 
