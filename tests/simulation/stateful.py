@@ -105,12 +105,20 @@ def by_hand(stream: Stream, rows: list[InputRow], size: int) -> tuple[Stream, li
     return result, [(k, end, len(vs), sum(vs)) for (k, end), vs in groups.items()]
 
 
+def short_by_hand(stream: Stream, rows: list[InputRow]) -> tuple[Stream, list[Row]]:
+    return by_hand(stream, rows, 2_000_000)
+
+
+def long_by_hand(stream: Stream, rows: list[InputRow]) -> tuple[Stream, list[Row]]:
+    return by_hand(stream, rows, 7_000_000)
+
+
 KINDS: tuple[Callable[[Stream, list[InputRow]], tuple[Stream, list[Row]]], ...] = (
     running,
     running,
     reduced,
     distinct,
     in_batches,
-    lambda stream, rows: by_hand(stream, rows, 2_000_000),
-    lambda stream, rows: by_hand(stream, rows, 7_000_000),
+    short_by_hand,
+    long_by_hand,
 )
