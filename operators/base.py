@@ -72,6 +72,9 @@ class OperatorContext:
     wall_time: Callable[[], float] = lambda: 0.0
     """Unix seconds: for processing-time timers and time to live, which must mean the same after a restart."""
     backend: StateBackend = field(default_factory=lambda: StateBackend())
+    threads: bool = False
+    """Whether what an operator does may depend on how fast threads of its own are. Not in the local runtime and the
+    simulator: there it waits for them."""
 
     def __str__(self) -> str:
         return f"step {self.step!r} subtask {self.subtask}/{self.parallelism}"

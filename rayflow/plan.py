@@ -214,7 +214,8 @@ def _check_reading_order(nodes: Sequence[Node], degree: Mapping[int, int]) -> No
         while below.inputs and not getattr(below.operator, "restores_order", False):
             up = below.inputs[0]
             passed_on = up.exchange.kind == "forward" and degree[id(up.node)] == degree[id(below)]
-            if len(below.inputs) > 1 or up.tag != MAIN_TAG or not (passed_on or up.node.parallelism == 1):
+            mixed = len(below.inputs) > 1 or up.tag != MAIN_TAG or not (passed_on or up.node.parallelism == 1)
+            if mixed or getattr(below.operator, "loses_order", False):
                 raise PlanError(
                     f"{node.where()} has a max_delay, which speaks of rows in reading order, but {below.where()} mixes "
                     "the rows of several subtasks or streams; give the event time before that step (event_time= of the "

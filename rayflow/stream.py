@@ -139,6 +139,51 @@ class Stream:
             "map_batches", operator, detail=getattr(fn, "__name__", repr(fn)), name=name, parallelism=parallelism
         )
 
+    def map_batches_async(
+        self,
+        fn: Callable[..., Any] | type,
+        *,
+        schema: pa.Schema | None = None,
+        concurrency: int = 8,
+        ordered: bool = True,
+        timeout: Duration | None = "30s",
+        retries: int = 0,
+        batch_size: int | None = None,
+        fn_args: Sequence[Any] = (),
+        fn_kwargs: Mapping[str, Any] | None = None,
+        fn_constructor_args: Sequence[Any] = (),
+        fn_constructor_kwargs: Mapping[str, Any] | None = None,
+        parallelism: int | None = None,
+        name: str | None = None,
+    ) -> Stream:
+        """As `map_batches`, with an ``async def`` function or a class with ``async def __call__``: for code that waits.
+
+        In each subtask up to ``concurrency`` batches are in flight, in an asyncio loop of its own. Their results go on
+        in the order of the batches, or without ``ordered`` as they come. A call that raises or takes longer than
+        ``timeout`` (None: as long as it likes) is made again up to ``retries`` times, then it is a `UserCodeError`.
+        Batches in flight are part of checkpoints and called again after a failure: a call may happen twice, its rows
+        come out once. Watermarks wait for the rows before them. Run locally, results always keep their order.
+        """
+        from rayflow.operators.async_map import MapBatchesAsync
+
+        operator = MapBatchesAsync(
+            fn,
+            schema=schema,
+            batch_size=batch_size,
+            fn_args=tuple(fn_args),
+            fn_kwargs=dict(fn_kwargs or {}),
+            fn_constructor_args=tuple(fn_constructor_args),
+            fn_constructor_kwargs=dict(fn_constructor_kwargs or {}),
+            concurrency=concurrency,
+            ordered=ordered,
+            timeout_s=None
+            if timeout is None
+            else duration_us(timeout, what="map_batches_async(timeout)", minimum_us=1) / 1_000_000,
+            retries=retries,
+        )
+        detail = f"{getattr(fn, '__name__', repr(fn))}, {concurrency} in flight" + ("" if ordered else ", unordered")
+        return self._step("map_batches_async", operator, detail=detail, name=name, parallelism=parallelism)
+
     def map(
         self,
         fn: Callable[[dict[str, Any]], Mapping[str, Any]],

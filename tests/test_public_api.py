@@ -49,9 +49,9 @@ ERRORS = {
 
 METHODS = {
     rf.Stream: {
-        "broadcast", "collect", "drop", "filter", "flat_map", "key_by", "lookup", "map", "map_batches", "print",
-        "rebalance", "rename", "select", "show", "sort_by_event_time", "take", "to_arrow", "union", "with_columns",
-        "with_event_time", "write", "write_parquet",
+        "broadcast", "collect", "drop", "filter", "flat_map", "key_by", "lookup", "map", "map_batches",
+        "map_batches_async", "print", "rebalance", "rename", "select", "show", "sort_by_event_time", "take", "to_arrow",
+        "union", "with_columns", "with_event_time", "write", "write_parquet",
     },
     rf.KeyedStream: {
         "agg", "connect", "deduplicate", "join", "join_asof", "process", "reduce", "top", "window",

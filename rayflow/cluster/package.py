@@ -53,7 +53,7 @@ class JobPackage:
         # Several signs of life within the time after which a silent subtask counts as hung, or healthy ones are killed.
         hang_timeout_s = duration_us(self.config.hang_timeout) / 1e6
         heartbeat_s = min(HEARTBEAT_S_MAX, hang_timeout_s / 4)
-        return JobSpec(self.plan, self.config, exactly_once, self.run_id, heartbeat_s)
+        return JobSpec(self.plan, self.config, exactly_once, self.run_id, heartbeat_s, threads=True)
 
     def open_stores(self, *, begin: bool = False) -> tuple[CheckpointStore, SnapshotStore, bool]:
         """With ``begin``, for the coordinator: what the job starts from is in the checkpoint store."""

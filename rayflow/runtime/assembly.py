@@ -31,6 +31,8 @@ class JobSpec:
     exactly_once: bool
     run_id: str
     heartbeat_s: float | None = 1.0
+    threads: bool = False
+    """See `OperatorContext.threads`."""
 
 
 def inputs_of(plan: Plan, subtask: SubtaskId) -> list[ChannelId]:
@@ -93,6 +95,7 @@ class Parts:
             now=self._now,
             wall_time=self._wall_time,
             backend=self._backend,
+            threads=self._spec.threads,
         )
 
     def _state_backend(self) -> StateBackend:
