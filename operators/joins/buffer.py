@@ -71,7 +71,9 @@ class Buffer:
                 yield run.sorted
                 continue
             times = run.sorted.times
-            yield run.sorted.take((times >= max(low, run.low)) & (times <= min(high - 1, run.high)))
+            inside = (times >= max(low, run.low)) & (times <= min(high - 1, run.high))
+            if inside.any():
+                yield run.sorted.take(inside)
 
     def expire(self, horizon: int) -> None:
         """Rows with an event time before ``horizon`` are not needed any more."""

@@ -51,6 +51,17 @@ class SortedRows:
             None if self.ties is None else self.ties[mask],
         )
 
+    def at(self, rows: Int64Array) -> SortedRows:
+        """Rows by number, in ascending order; the same one may be there several times."""
+        chosen = pa.array(rows)
+        return SortedRows(
+            self.rows.take(chosen),
+            tuple(key.take(chosen) for key in self.keys),
+            self.hashes[rows],
+            self.times[rows],
+            None if self.ties is None else self.ties[rows],
+        )
+
 
 def sort_rows(rows: pa.RecordBatch, keys: Sequence[str], times: Int64Array, *, ties: bool = False) -> SortedRows:
     """``rows`` in the order of `SortedRows`; ``times`` are their event times. No key is null."""
@@ -149,6 +160,8 @@ def ranges(
 def _of_hash(probe: SortedRows, among: SortedRows) -> tuple[Int64Array, Int64Array]:
     begin = np.searchsorted(among.hashes, probe.hashes, side="left")
     end = begin.copy()
+    if not len(among):
+        return begin, end
     found = np.flatnonzero(among.hashes[np.minimum(begin, len(among) - 1)] == probe.hashes)
     end[found] = np.searchsorted(among.hashes, probe.hashes[found], side="right")
     return begin, end
