@@ -16,8 +16,9 @@ from rayflow.operators.joins.interval import JOIN_TIME, IntervalJoin
 from rayflow.operators.joins.lookup import Lookup
 from rayflow.operators.joins.operator import LATE_LEFT, LATE_RIGHT, Join
 from rayflow.operators.joins.window import WINDOW, WindowJoin
-from rayflow.operators.windows import Tumbling
+from rayflow.operators.windowing.session import Session
 from rayflow.stream import KeyedStream, Stream
+from rayflow.windowed import AnyWindow
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -45,7 +46,7 @@ def join(
     right: Any,
     *,
     within: Within | None,
-    window: Tumbling | None,
+    window: AnyWindow | None,
     retention: Duration | None,
     how: How,
     suffix: str,
@@ -57,8 +58,11 @@ def join(
     if len(named) > 1:
         raise PlanError(f"{where}: give one of within=, window= and retention=, got {' and '.join(named)}")
     if window is not None:
-        if not isinstance(window, Tumbling):
-            raise PlanError(f'{where}: window= must be tumbling windows such as rf.tumbling("1m"), got {window!r}')
+        if not isinstance(window, AnyWindow) or isinstance(window, Session):
+            raise PlanError(
+                f'{where}: window= must be windows such as rf.tumbling("1m") or rf.sliding("10m", every="1m"), got '
+                f"{window!r}; sessions of two streams have no windows in common"
+            )
         what: dict[str, Any] = {"window": window}
         return _step(where, "join", left, right, WindowJoin, what, how, suffix, name, str(window), lambda _: WINDOW[0])
     bounds: tuple[int, int] | None = None

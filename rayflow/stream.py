@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from rayflow.keyed_process import ConnectedStream, ProcessResult
     from rayflow.operators.joins.columns import How
     from rayflow.operators.process import KeyedProcess
-    from rayflow.operators.tumbling import Tumbling
     from rayflow.ordered import SortedStream
     from rayflow.windowed import AnyWindow, WindowedStream
 
@@ -463,7 +462,7 @@ class KeyedStream(Stream):
         right: KeyedStream,
         *,
         within: Within | None = None,
-        window: Tumbling | None = None,
+        window: AnyWindow | None = None,
         retention: Duration | None = None,
         how: How = "inner",
         suffix: str = "_right",
@@ -474,9 +473,9 @@ class KeyedStream(Stream):
         Give one of: ``within=("-5m", "10m")``, a right row belongs to a left one if its event time lies so far from
         that of the left one (``"5m"``: up to so far before or after it), and the result has the event time
         ``join_time``, the later of both; ``retention="1h"``, rows are kept for so long, which is
-        ``within=("-1h", "1h")``; ``window=rf.tumbling("1m")``, all pairs of a window when it closes, with
-        ``window_start`` and ``window_end``. With none of them all rows are joined with all, which needs two streams
-        that end.
+        ``within=("-1h", "1h")``; ``window=rf.tumbling("1m")`` or ``rf.sliding``, all pairs of each window when it
+        closes, with ``window_start`` and ``window_end``. With none of them all rows are joined with all, which needs
+        two streams that end.
 
         ``how``: ``inner``, ``left``, ``right``, ``full``, and ``semi`` and ``anti``: left rows with and without a
         partner. Rows without a partner come out when no partner can come any more. Null keys have no partner. Columns

@@ -65,6 +65,12 @@ JOINS: dict[str, tuple[Build, str]] = {
         lambda a, b: a.join(b, window=rf.tumbling("60s"), how="full"),
         f"select l.row, r.row from l full join r on {WINDOW}",
     ),
+    "sliding": (
+        lambda a, b: a.join(b, window=rf.sliding("60s", every="20s")),
+        """select l.row, r.row from l join r on l.k = r.rk, range(3) x(j)
+           where time_bucket(interval 20 second, r.t) between time_bucket(interval 20 second, l.t) - to_seconds(20 * j)
+               and time_bucket(interval 20 second, l.t) - to_seconds(20 * j) + interval 40 second""",
+    ),
     "asof": (
         lambda a, b: a.join_asof(b, tolerance="2m"),
         """select l.row, (select max(r.row) from r where r.rk = l.k and r.t = (
@@ -234,7 +240,8 @@ def _endless(max_delay: str | None = "1s") -> rf.KeyedStream:
         (lambda a, b: a.join(b, within=("5s",)), r"within= takes two bounds"),
         (lambda a, b: a.join(b, within="soon"), r"join\(within\) must be a duration"),
         (lambda a, b: a.join(b, within="1s", how="outer"), r"^step 'join' .*how= must be one of inner, left"),
-        (lambda a, b: a.join(b, window="1m"), r"must be tumbling windows"),
+        (lambda a, b: a.join(b, window="1m"), r"window= must be windows such as rf.tumbling"),
+        (lambda a, b: a.join(b, window=rf.session(gap="1m")), r"window= must be windows .* got Session"),
         (lambda a, b: a.join_asof(b, how="full"), r"^step 'join_asof' .*how= must be one of inner, left here"),
         (lambda a, b: a.join_asof(b, tolerance="-1s"), r"join_asof\(tolerance\)"),
         (lambda a, b: a.join(b, within="1s", suffix=""), r"would have the column 'row' twice"),
