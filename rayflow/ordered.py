@@ -7,6 +7,7 @@ from rayflow.graph import Node, caller_location
 from rayflow.operators.ordering.ranked import Keep, Ranking, WindowRank
 from rayflow.operators.ordering.sort import LATE, SortByTime
 from rayflow.operators.tumbling import Tumbling
+from rayflow.operators.windowing.calendar import CalendarDays
 from rayflow.operators.windowing.sliding import Sliding
 from rayflow.stream import KeyedStream, Stream
 
@@ -56,7 +57,7 @@ def window_top(keyed: KeyedStream, spec: object, n: int, *, by: str, descending:
 def _window(
     keyed: KeyedStream, spec: object, label: str, ranking: Ranking, what: str, where: str, name: str | None
 ) -> Node:
-    if not isinstance(spec, Tumbling | Sliding):
+    if not isinstance(spec, Tumbling | CalendarDays | Sliding):
         raise PlanError(f"{where}: {label} needs rf.tumbling or rf.sliding windows, got {spec}")
     try:
         operator = WindowRank(keys=keyed._keys, spec=spec, ranking=ranking, event_time=ranking.time)
