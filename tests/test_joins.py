@@ -340,3 +340,25 @@ def test_mistakes_in_lookups_are_told() -> None:
         rows.lookup(table.key_by("rk"), on="k", how="full")  # type: ignore[arg-type]
     with pytest.raises(rf.PlanError, match=r"must have one type, 't' of the left side"):
         rows.lookup(table.key_by("rk"), on="t")
+
+
+@pytest.mark.parametrize("join", ["full", "window", "asof"])
+def test_joins_go_on_at_another_parallelism(join: str, tmp_path: Path) -> None:
+    """From the checkpoint of a run of two subtasks that failed, with three and from its files."""
+    left, right = _side(1, "k"), _side(2, "rk", ROWS // 2)
+    checkpoints = rf.CheckpointConfig(str(tmp_path / "checkpoints"), interval="1ms", min_pause="0s")
+    failing = _stream(left).map_batches(
+        FailsOnce, fn_constructor_args=(str(tmp_path / "failed"), 500), schema=left.schema
+    )
+    flow, query = _flow(join, failing, _stream(right))
+    with pytest.raises(rf.JobFailedError):
+        flow.run(
+            parallelism=2,
+            local=True,
+            progress=False,
+            checkpoints=checkpoints,
+            config=rf.JobConfig(restart=rf.Restart.none(), watermark_interval="1ms"),
+        )
+    assert list((tmp_path / "checkpoints").rglob("manifest.json"))
+    result = flow.run(parallelism=3, local=True, progress=False, checkpoints=checkpoints)
+    assert _rows(result.table()) == _expected(query, left, right)
