@@ -57,6 +57,12 @@ STEPS: dict[str, tuple[Callable[[rf.KeyedStream], rf.Stream], str]] = {
                    row_number() over (partition by k, s order by v desc, t, row) as rank
             from ({MINUTE}) where v is not null qualify rank <= 3""",
     ),
+    "last of calendar days": (
+        lambda s: s.window(rf.tumbling("1d", zone="Africa/Abidjan")).deduplicate(keep="last"),
+        """select k, s window_start, s + interval 1 day window_end, v, t, row
+           from (select *, time_bucket(interval 1 day, t) s from data)
+           qualify row_number() over (partition by k, s order by t desc, v nulls last, row) = 1""",
+    ),
     "top of sliding windows": (
         lambda s: s.window(rf.sliding("1m", every="20s")).top(2, by="v", descending=False),
         f"""select k, s window_start, s + interval 1 minute window_end, v, t, row,
