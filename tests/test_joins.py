@@ -123,10 +123,10 @@ class FailsOnce:
 @pytest.mark.parametrize("join", JOINS)
 def test_joins_go_on_from_a_checkpoint_as_if_nothing_had_happened(join: str, tmp_path: Path) -> None:
     left, right = _side(1, "k"), _side(2, "rk", ROWS // 2)
-    failing = _stream(left).map_batches(
-        FailsOnce, fn_constructor_args=(str(tmp_path / "failed"), 500), schema=left.schema
+    failing = _stream(left, 20).map_batches(
+        FailsOnce, fn_constructor_args=(str(tmp_path / "failed"), 1_500), schema=left.schema
     )
-    flow, query = _flow(join, failing, _stream(right))
+    flow, query = _flow(join, failing, _stream(right, 20))
     result = flow.run(
         parallelism=2,
         local=True,
@@ -347,10 +347,10 @@ def test_joins_go_on_at_another_parallelism(join: str, tmp_path: Path) -> None:
     """From the checkpoint of a run of two subtasks that failed, with three and from its files."""
     left, right = _side(1, "k"), _side(2, "rk", ROWS // 2)
     checkpoints = rf.CheckpointConfig(str(tmp_path / "checkpoints"), interval="1ms", min_pause="0s")
-    failing = _stream(left).map_batches(
-        FailsOnce, fn_constructor_args=(str(tmp_path / "failed"), 500), schema=left.schema
+    failing = _stream(left, 20).map_batches(
+        FailsOnce, fn_constructor_args=(str(tmp_path / "failed"), 1_500), schema=left.schema
     )
-    flow, query = _flow(join, failing, _stream(right))
+    flow, query = _flow(join, failing, _stream(right, 20))
     with pytest.raises(rf.JobFailedError):
         flow.run(
             parallelism=2,
@@ -359,6 +359,8 @@ def test_joins_go_on_at_another_parallelism(join: str, tmp_path: Path) -> None:
             checkpoints=checkpoints,
             config=rf.JobConfig(restart=rf.Restart.none(), watermark_interval="1ms"),
         )
-    assert list((tmp_path / "checkpoints").rglob("manifest.json"))
+    checkpoint = rf.read_checkpoint(str(tmp_path / "checkpoints" / "joined"))
+    (step,) = (step for step in checkpoint.steps() if step.startswith("join"))
+    assert all(checkpoint.table(step, side).num_rows for side in ("left", "right"))
     result = flow.run(parallelism=3, local=True, progress=False, checkpoints=checkpoints)
     assert _rows(result.table()) == _expected(query, left, right)
