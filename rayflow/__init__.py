@@ -51,6 +51,7 @@ from rayflow.operators.state.declared import (
 )
 from rayflow.operators.user_aggregate import UserAggregate
 from rayflow.operators.windowing.calendar import tumbling
+from rayflow.operators.windowing.count import count_window
 from rayflow.operators.windowing.session import session
 from rayflow.operators.windowing.sliding import sliding
 from rayflow.reading import from_arrow, from_generator, read_csv, read_json, read_parquet, read_source
@@ -111,6 +112,7 @@ __all__ = [
     "collect",
     "count",
     "count_distinct",
+    "count_window",
     "diff",
     "first",
     "from_arrow",

@@ -427,7 +427,8 @@ class KeyedStream(Stream):
         emit: Literal["final", "update"] = "final",
         early: Duration | None = None,
     ) -> WindowedStream:
-        """Cut each key's rows into windows of event time: `rf.tumbling`, `rf.sliding`, `rf.session`.
+        """Cut each key's rows into windows of event time (`rf.tumbling`, `rf.sliding`, `rf.session`) or of a number of
+        rows (`rf.count_window`).
 
         Rows count while the watermark is less than ``allowed_lateness`` behind the end of their window; later ones are
         in ``.late`` of the result. ``emit="final"``: each key and window gives one result, when no row can change it
@@ -436,7 +437,8 @@ class KeyedStream(Stream):
         ``early="10s"``, with ``update``: open windows give what they have so often, in event time; how often a result
         is updated depends on how the stream is cut, what the last one says does not.
 
-        Sessions take none of these. Raises `PlanError` when the stream has no event time.
+        Sessions and count windows take none of these. Raises `PlanError` when the stream has no event time,
+        which only `rf.count_window` does without.
         """
         from rayflow.windowed import window
 

@@ -13,6 +13,7 @@ from rayflow.operators.aggregates import Aggregate
 from rayflow.operators.ordering.ranked import Keep
 from rayflow.operators.tumbling import Tumbling
 from rayflow.operators.windowing.calendar import CalendarDays
+from rayflow.operators.windowing.count import CountAggregate, CountWindow
 from rayflow.operators.windowing.progress import Emit, check_emit
 from rayflow.operators.windowing.session import Session
 from rayflow.operators.windowing.session_operator import SessionAggregate
@@ -21,7 +22,7 @@ from rayflow.operators.windows import LocalCombine, WindowAggregate
 from rayflow.ordered import window_deduplicate, window_top
 from rayflow.stream import KeyedStream, Stream
 
-AnyWindow: TypeAlias = Tumbling | CalendarDays | Sliding | Session
+AnyWindow: TypeAlias = Tumbling | CalendarDays | Sliding | Session | CountWindow
 
 
 def window(
@@ -38,7 +39,7 @@ def window(
             f"step 'window' ({caller_location()}): window() needs windows such as rf.tumbling(\"1m\") or "
             f'rf.sliding("10m", every="1m") or rf.session(gap="5m"), got {spec!r}'
         )
-    if keyed._event_time is None:
+    if keyed._event_time is None and not isinstance(spec, CountWindow):
         raise PlanError(
             f"step 'window' ({caller_location()}): the stream has no event time; pass event_time= to the source or "
             "call .with_event_time(column) before key_by"
@@ -47,8 +48,8 @@ def window(
     options = Options(duration_us(allowed_lateness, what="allowed_lateness"), emit, early_us)
     try:
         check_emit(emit, early_us)
-        if isinstance(spec, Session) and options != Options():
-            raise PlanError("sessions have one result each, when they end: leave allowed_lateness, emit and early out")
+        if isinstance(spec, Session | CountWindow) and options != Options():
+            raise PlanError(f"{spec} gives one result each: leave allowed_lateness, emit and early out")
     except PlanError as error:
         raise PlanError(f"step 'window' ({caller_location()}): {error}") from error
     return WindowedStream(keyed, spec, options)
@@ -78,7 +79,12 @@ class WindowedStream:
         self._options = options
 
     def agg(self, *, name: str | None = None, **aggregates: Aggregate) -> WindowResult:
-        """One row a key and window: the keys, ``window_start``, ``window_end`` and the named aggregates."""
+        """One row a key and window: the keys, ``window_start``, ``window_end`` and the named aggregates.
+
+        The event time of the result is ``window_start``. That of `rf.count_window` has none: its windows are complete
+        in the order of their last rows, and ``window_start`` and ``window_end`` are the earliest and latest event time
+        of their rows, if these have one.
+        """
         keyed = self._keyed
         for out, aggregate in aggregates.items():
             if not isinstance(aggregate, Aggregate):
@@ -88,18 +94,18 @@ class WindowedStream:
                 )
         if not aggregates:
             raise PlanError(f"step 'window' ({caller_location()}): agg needs at least one aggregate, got none")
-        time = keyed._event_time
-        assert time is not None
         what: dict[str, Any] = {
             "keys": keyed._keys,
             "spec": self._spec,
             "aggregates": dict(aggregates),
-            "event_time": time,
+            "event_time": keyed._event_time,
         }
         factories: dict[str, Any]
         try:
             if isinstance(self._spec, Session):
                 factories = {"operator": SessionAggregate(**what)}
+            elif isinstance(self._spec, CountWindow):
+                factories = {"operator": CountAggregate(**what)}
             else:
                 options = asdict(self._options)
                 factories = {
@@ -118,7 +124,7 @@ class WindowedStream:
             **factories,
         )
         node.schema(look=False)
-        return WindowResult(node)
+        return WindowResult(node, event_time=None if isinstance(self._spec, CountWindow) else "window_start")
 
     def deduplicate(self, *, keep: Keep = "first", name: str | None = None) -> WindowResult:
         """The first or last row of each key and window by event time, when the window closes.
@@ -150,8 +156,8 @@ class WindowedStream:
 class WindowResult(Stream):
     """Results of windows; ``late`` are the rows that came after all their windows were gone."""
 
-    def __init__(self, node: Node) -> None:
-        super().__init__(node, event_time="window_start")
+    def __init__(self, node: Node, *, event_time: str | None = "window_start") -> None:
+        super().__init__(node, event_time=event_time)
 
     @property
     def late(self) -> Stream:

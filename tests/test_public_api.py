@@ -34,7 +34,7 @@ AGGREGATES = {
     "first", "last", "max", "mean", "median", "min", "quantile", "stddev", "sum", "variance",
 }  # fmt: skip
 RUNNING = {"CheckpointConfig", "Flow", "JobConfig", "JobResult", "JobStatus", "Restart", "SubtaskInfo", "attach"}
-STREAMS = {"KeyedStream", "Stream", "session", "sliding", "tumbling"}
+STREAMS = {"KeyedStream", "Stream", "count_window", "session", "sliding", "tumbling"}
 STATE = {
     "AggregatingState", "BroadcastProcess", "BroadcastState", "FrozenState", "FrozenTable", "KeyedProcess", "ListState",
     "MapState", "ReducingState", "SinkOperator", "ValueState",

@@ -137,7 +137,7 @@ def test_options_that_do_not_go_together_are_refused(events: pa.Table) -> None:
     stream = keyed(events)
     with pytest.raises(rf.PlanError, match=r"step 'window' \(test_windows.py:\d+\): early= needs"):
         stream.window(rf.tumbling("10s"), early="1s")
-    with pytest.raises(rf.PlanError, match="sessions have one result"):
+    with pytest.raises(rf.PlanError, match="session gap 0:00:10 gives one result"):
         stream.window(rf.session(gap="10s"), allowed_lateness="1s")
     with pytest.raises(rf.PlanError, match="top gives rows when the window closes"):
         stream.window(rf.tumbling("10s"), emit="update").top(1, by="v")
@@ -146,6 +146,21 @@ def test_options_that_do_not_go_together_are_refused(events: pa.Table) -> None:
     counted = stream.window(rf.tumbling("10s"), allowed_lateness="1m", emit="update", early="5s").agg(n=rf.count())
     text = rf.Flow("f", counted.collect()).explain()
     assert "tumbling 0:00:10, late by 0:01:00, updates, early every 0:00:05 by k: n" in text
+
+
+@pytest.mark.parametrize("parallelism", [1, 2])
+@pytest.mark.parametrize("timed", [False, True])
+def test_count_windows_take_rows_as_they_come(events: pa.Table, parallelism: int, timed: bool) -> None:
+    stream = keyed(events) if timed else rf.from_arrow(events, batch_rows=50).key_by("k")
+    found = ran(stream.window(rf.count_window(7)).agg(n=rf.count(), total=rf.sum("v")), parallelism=parallelism)
+    expected = duck(
+        events,
+        """select k, min(t) as window_start, max(t) as window_end, count(*) n, sum(v)::bigint total
+           from (select *, (row_number() over (partition by k order by i) - 1) // 7 as w
+                 from (select *, row_number() over () as i from events))
+           group by k, w having count(*) = 7""",
+    )
+    assert same(found, expected if timed else sorted((row[0], *row[3:]) for row in expected))
 
 
 def test_what_is_no_window_is_refused(events: pa.Table) -> None:

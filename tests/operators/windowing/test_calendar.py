@@ -74,7 +74,9 @@ def test_equals_zoneinfo(time: int, name: str, offset_hours: float, days: int) -
     assert spec.ends_of(np.array([start])).tolist() == [end]
     others = pa.array([time, time + 30 * HOUR, time - 30 * HOUR])
     starts = spec.window_starts(others, time - 30 * HOUR, time + 30 * HOUR)
-    assert ([starts] * 3 if isinstance(starts, int) else starts.tolist()) == [spec.start_of(each) for each in others.to_pylist()]
+    assert ([starts] * 3 if isinstance(starts, int) else starts.tolist()) == [
+        spec.start_of(each) for each in others.to_pylist()
+    ]
 
 
 def factory(spec: WindowSpec) -> WindowAggregate:
