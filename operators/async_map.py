@@ -3,7 +3,8 @@
 W1  a watermark does not overtake rows that are in flight: `AsyncMapOperator.on_watermark`.
 A3  the batches in flight are the state of the step: after a restore they are called again, so a call may happen twice,
     but its rows go on once.
-F3  no more than ``concurrency`` batches are in flight: `process` waits for one to come back.
+F3  no more than ``concurrency`` batches are in flight, and no input is taken meanwhile (`AsyncMapOperator.full`): what
+    waits to be called is the rest of one element of the input.
 
 The functions run in an asyncio loop on a thread of its own, one a subtask. Results are looked for when batches come and
 every ``POLL_S`` while any are in flight, so all else is as if they had come from the loop thread of the subtask. Where
@@ -160,9 +161,10 @@ class AsyncMapOperator(MapBatchesOperator):
         for at in range(0, batch.num_rows, size):
             if self.ctx.threads:
                 self._emit_answered()
-            while self._calls >= self._options.concurrency:
-                self._look()
             self._add(batch.slice(at, size))
+
+    def full(self) -> bool:
+        return self._calls >= self._options.concurrency
 
     def _add(self, batch: pa.RecordBatch) -> None:
         self._flight.append(Call(batch))
@@ -208,14 +210,6 @@ class AsyncMapOperator(MapBatchesOperator):
         """Until a result can be emitted."""
         answers = [each.answer for each in self._flight if isinstance(each, Call) and each.answer is not None]
         wait(answers[:1] if self._ordered else answers, return_when=FIRST_COMPLETED)
-
-    def _look(self) -> None:
-        """Wait for a result, and emit what is there."""
-        if self.ctx.threads:
-            self._wait()
-            self._emit_answered()
-        else:
-            self._drain()
 
     def _drain(self) -> None:
         """Wait for all that is in flight, and emit it."""

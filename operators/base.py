@@ -291,6 +291,10 @@ class Operator(ABC):
         """
         return inputs_idle
 
+    def full(self) -> bool:
+        """Whether no input should be taken for now, because results are waited for: `on_time` must make that end."""
+        return False
+
     def next_timer(self) -> float | None:
         """The `OperatorContext.wall_time` at which `on_time` should be called next; None: not at all."""
         return None

@@ -71,12 +71,15 @@ class ChainRunner:
         self._emit = emit
         self._operators: list[Operator] = []
         self._guarded: list[tuple[_Blame, Operator]] = []
+        self._bounded: list[Operator] = []
+        """Those that may be full."""
         self._head: Output | None = None
         self.watermark = MIN_WATERMARK
 
     def open(self, states: Mapping[str, Sequence[RestoredState]]) -> None:
         """Build, open and restore every operator, the last one first, so that none emits into a closed one."""
         self._operators = [p.factory.build() for p in self._planned]
+        self._bounded = [o for o in self._operators if type(o).full is not Operator.full]
         blames = [_Blame(str(self._contexts[p.id])) for p in self._planned]
         self._guarded = list(zip(blames, self._operators, strict=True))
         following: tuple[_Blame, Operator] | None = None
@@ -111,6 +114,11 @@ class ChainRunner:
                 inputs_idle = operator.on_idle(inputs_idle)
         return inputs_idle
 
+    @property
+    def full(self) -> bool:
+        """Whether an operator wants no more input for now."""
+        return any(operator.full() for operator in self._bounded)
+
     def next_timer(self) -> float | None:
         """The earliest wall time any operator wants to be called at."""
         return min((t for o in self._operators if (t := o.next_timer()) is not None), default=None)
@@ -136,7 +144,7 @@ class ChainRunner:
     def close(self) -> None:
         for operator in self._operators:
             operator.close()
-        self._operators, self._guarded = [], []
+        self._operators, self._guarded, self._bounded = [], [], []
 
     def counters(self) -> dict[str, float]:
         """Numbers operators keep for people (late rows, skipped rows), by name."""

@@ -301,6 +301,8 @@ class SubtaskRuntime:
         machine = self._machine
         if self.phase is not Phase.RUNNING or machine is None or machine.output_blocked:
             return False
+        if self._chain is None or self._chain.full:
+            return False
         if machine.has_input:
             return True
         source = self._source
@@ -383,11 +385,11 @@ class SubtaskRuntime:
                 deadlines.append(linger)
             if not self._machine.input_ended:
                 deadlines.append(self._watermark_due)
-            if self.polling and not self._machine.output_blocked:
+            assert self._chain is not None
+            if self.polling and not self._machine.output_blocked and not self._chain.full:
                 deadlines.append(self._source_due)
             if self._broken is not None:
                 deadlines.append(self._broken[0] + BROKEN_GRACE_S)
-            assert self._chain is not None
             timer = self._chain.next_timer()
             if timer is not None and not self._machine.output_blocked and not self._machine.input_ended:
                 deadlines.append(self._host.now() + max(0.0, timer - self._host.wall_time()))

@@ -136,13 +136,17 @@ def test_a_watermark_that_overtakes_is_caught(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("ordered", [True, False])
 def test_no_more_calls_than_allowed_run_at_once(ordered: bool) -> None:
     gate = Gate()
-    gate.open(*range(40))
-    with running(MapBatchesAsync(gate, concurrency=3, ordered=ordered)) as (operator, out):
+    gate.open(*range(50))
+    with running(MapBatchesAsync(gate, concurrency=3, ordered=ordered, batch_size=1)) as (operator, out):
         for value in range(40):
+            while operator.full():
+                operator._wait()
+                operator.on_time(0.0)
             operator.process(batch(value), 0)
             assert operator._calls <= 3
+        operator.process(batch(*range(40, 50)), 0)
         operator.on_watermark(MAX_WATERMARK)
-        assert sorted(values(out)) == list(range(40))
+        assert sorted(values(out)) == list(range(50))
         assert values(out) == sorted(values(out)) or not ordered
         assert 1 <= gate.most <= 3
 
