@@ -99,7 +99,7 @@ class RunStore:
         self._small = 0
         self._pending_rows = 0
         self._memory_bytes = 0
-        """Of pending runs that are not on disk, as if nothing was shared."""
+        """Of pending runs that are not on disk, as if nothing was shared; with a spill, else nobody asks."""
 
     @property
     def low(self) -> int | None:
@@ -178,7 +178,7 @@ class RunStore:
             return
         self._pending.append(run)
         self._pending_rows += run.rows
-        self._memory_bytes += run.memory_bytes
+        self._memory_bytes += 0 if self._spill is None else run.memory_bytes
         self._small = self._small + 1 if _is_small(run) else 0
         if self._pending_rows >= max(PENDING_ROWS, 2 * sum(base.rows for base in self._base)):
             self._compact()
@@ -232,7 +232,7 @@ class RunStore:
 
     def _count(self) -> None:
         self._pending_rows = sum(run.rows for run in self._pending)
-        self._memory_bytes = sum(run.memory_bytes for run in self._pending)
+        self._memory_bytes = 0 if self._spill is None else sum(run.memory_bytes for run in self._pending)
         self._small = sum(1 for _ in takewhile(_is_small, reversed(self._pending)))
 
     def _without(self, runs: Sequence[Run], last_start: int) -> list[Run]:
