@@ -36,6 +36,7 @@ from rayflow.operators.preaggregate import WINDOW_START, Preaggregation, check_n
 from rayflow.operators.state.distinct import distinct, index_in
 from rayflow.operators.state.table import StateTable
 from rayflow.operators.state.timers import TimerQueue
+from rayflow.operators.windowing.open_sessions import OpenSessions
 from rayflow.operators.windowing.session import Session, Sessions
 from rayflow.operators.windows import LATE, OUTPUT_ROWS
 
@@ -142,6 +143,7 @@ class SessionOperator(KeyedOperator):
         self._plan = plan
         whole, at = list(plan.schema), len(plan.keys) + 1
         self._table = self.state.table(STATE, pa.schema(whole[:at]), pa.schema(whole[at:]), subkeys=1)
+        self._open = OpenSessions(self._table)
         self._queue = TimerQueue(pa.schema(whole[:at]))
         """End of every session that was ever open: those that have gone since are passed over."""
         self._starts = TimerQueue(pa.schema(whole[:at]))
@@ -161,6 +163,7 @@ class SessionOperator(KeyedOperator):
         self._queue.add(self._ends(sessions), keys)
         begun = keys.filter(pa.array(new))
         self._starts.add(_us(begun.column(at - 1)), begun)
+        self._open.added(begun.columns[: at - 1], _us(begun.column(at - 1)))
 
     # ------------------------------------------------------------------------------------------------------- rows in
 
@@ -191,7 +194,7 @@ class SessionOperator(KeyedOperator):
         keys = [key.take(pa.array(rows)) for key in self.key_columns(batch)]
         first, _ = distinct(keys)
         keys_once = [key.take(pa.array(first)) for key in keys]
-        sessions = self._table.with_prefix(keys_once)
+        sessions = self._open.of(keys_once)
         width = len(self.keys)
         # Of the open sessions of a key only one can begin behind the watermark, because that one goes on beyond it.
         begun = sessions.filter(pa.array(_us(sessions.column(width)) < self._watermark))
@@ -207,7 +210,7 @@ class SessionOperator(KeyedOperator):
         assert plan is not None
         keys = [flat(new.column(i)) for i in range(width)]
         first, _ = distinct(keys)
-        there = self._table.with_prefix([key.take(pa.array(first)) for key in keys])
+        there = self._open.of([key.take(pa.array(first)) for key in keys])
         if there.num_rows:
             both = pa.concat_tables([pa.Table.from_batches([there]), new])
             starts = _us(both.column(width))
@@ -237,6 +240,7 @@ class SessionOperator(KeyedOperator):
     def _remove(self, sessions: pa.RecordBatch) -> None:
         if sessions.num_rows:
             self._table.delete(self._table.slots(sessions.columns[: len(self.keys) + 1], insert=False))
+            self._open.removed(sessions.columns[: len(self.keys)])
 
     # -------------------------------------------------------------------------------------------------- sessions out
 
@@ -269,6 +273,7 @@ class SessionOperator(KeyedOperator):
         if _us(sessions.column(WINDOW_START))[0] < self._passed_on:
             raise ProtocolError(f"W1: {self.ctx} fires a session that begins before its watermark {self._passed_on}")
         self._table.delete(due)
+        self._open.removed([flat(sessions.column(key)) for key in self.keys])
         ends = self._ends(sessions)
         try:
             table = plan.finalise(sessions, lambda _: ends).drop_columns([LAST])
