@@ -13,14 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Final
+from typing import ClassVar, Final
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from rayflow.core.ids import MAX_WATERMARK, MIN_WATERMARK, CheckpointId
-from rayflow.errors import DataError, PlanError, ProtocolError, StateSchemaError
+from rayflow.errors import DataError, PlanError, ProtocolError
 from rayflow.operators.aggregates import Aggregate
 from rayflow.operators.base import FrozenState, FrozenTable, Operator, OperatorContext, Output, RestoredState
 from rayflow.operators.combine import CombineOperator, Combiner, LocalCombine, plan_of_rows
@@ -32,7 +32,7 @@ from rayflow.operators.runs import Frozen, Run, RunStore
 from rayflow.operators.spill import RowOrder, Spill
 from rayflow.operators.tumbling import Tumbling, WindowSpec, tumbling
 from rayflow.operators.windowing.panes import Firing, PaneIsWindow, TwoStacks
-from rayflow.operators.windowing.progress import Emit, Progress, check_emit
+from rayflow.operators.windowing.progress import Emit, Progress, check_cut, check_emit
 from rayflow.operators.windowing.sliding import Sliding
 from rayflow.operators.windowing.updates import current, updated, windows_of
 
@@ -41,8 +41,6 @@ LATE = "late"
 STATE: Final = "windows"
 PROGRESS: Final = "progress"
 """Name of the state without rows whose meta says how far the windows have got."""
-CUTS: Final = ("size_us", "offset_us", "every_us", "zone")
-"""Keys of `WindowSpec.cut`."""
 OUTPUT_ROWS: Final = 65_536
 
 
@@ -345,7 +343,8 @@ class WindowOperator(Operator):
         for state in states:
             if state.name not in (STATE, PROGRESS):
                 raise DataError(f"{self.ctx} knows the state {STATE!r}, got {state.name!r}; restore a matching flow")
-            self._check_windows(state)
+            if state.meta:
+                check_cut(state.meta, self._spec.cut(), str(self.ctx))
         # By old subtask; version 1 of the format had it beside the rows.
         progress = {int(state.meta["first_group"]): state.meta for state in states if state.meta}
         self._progress = self._progress.restored(list(progress.values()))
@@ -359,19 +358,6 @@ class WindowOperator(Operator):
         for state in states:
             if state.name == STATE and state.table.num_rows:
                 self._restore_rows(state, base=_whole(state.piece) in base, merged=_whole(state.piece) in merged)
-
-    def _check_windows(self, state: RestoredState) -> None:
-        was = state.meta or {}
-        now = self._spec.cut()
-        before = {
-            name: was.get(name, value if name in ("size_us", "offset_us") else None) for name, value in now.items()
-        }
-        before |= {name: was[name] for name in CUTS if name in was}
-        if state.meta and before != now:
-            raise StateSchemaError(
-                f"{self.ctx} has windows of {_cut(now)}, its checkpoint of {_cut(before)}: open windows cannot be cut "
-                "anew; give the step another name= to begin without its state, or the windows it had"
-            )
 
     def _restore_rows(self, state: RestoredState, *, base: bool, merged: bool) -> None:
         table = state.table.replace_schema_metadata(None)
@@ -387,12 +373,6 @@ class WindowOperator(Operator):
     def close(self) -> None:
         if self._runs is not None:
             self._runs.close()
-
-
-def _cut(cut: Mapping[str, Any]) -> str:
-    every = f" every {cut['every_us']} us" if cut.get("every_us") else ""
-    zone = f" in days of {cut['zone']}" if cut.get("zone") else ""
-    return f"{cut['size_us']} us{every} from {cut['offset_us']} us on{zone}"
 
 
 def _no_rows(keys: Sequence[str]) -> pa.Schema:

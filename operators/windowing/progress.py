@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from rayflow.core.ids import MAX_WATERMARK, MIN_WATERMARK
-from rayflow.errors import PlanError
+from rayflow.errors import PlanError, StateSchemaError
 
 Emit = Literal["final", "update"]
 
@@ -61,4 +61,25 @@ def check_emit(emit: str, early_us: int | None) -> None:
         raise PlanError('early= needs emit="update": with "final" each key and window has one result')
 
 
-__all__ = ["Emit", "Progress", "check_emit"]
+CUTS: Final = ("size_us", "offset_us", "every_us", "zone")
+"""Keys of `WindowSpec.cut`; the first two are there in checkpoints of every version that has any."""
+
+
+def check_cut(meta: Mapping[str, Any], now: Mapping[str, int | str], where: str) -> None:
+    """Raises `StateSchemaError` if the windows of a checkpoint were cut in another way."""
+    before = {name: meta.get(name, now[name] if name in CUTS[:2] else None) for name in now}
+    before |= {name: meta[name] for name in CUTS if name in meta}
+    if before != dict(now):
+        raise StateSchemaError(
+            f"{where} has windows of {_said(now)}, its checkpoint of {_said(before)}: open windows cannot be cut anew; "
+            "give the step another name= to begin without its state, or the windows it had"
+        )
+
+
+def _said(cut: Mapping[str, Any]) -> str:
+    every = f" every {cut['every_us']} us" if cut.get("every_us") else ""
+    zone = f" in days of {cut['zone']}" if cut.get("zone") else ""
+    return f"{cut['size_us']} us{every} from {cut['offset_us']} us on{zone}"
+
+
+__all__ = ["Emit", "Progress", "check_cut", "check_emit"]
