@@ -21,10 +21,11 @@ $(READY): pyproject.toml
 	@touch $@
 
 test: $(READY) ## every test, as in CI
-	$(BIN)/pytest -q --durations=15
+	$(BIN)/pytest -q -n auto --maxprocesses 4 -m "not ray" --durations=15
+	$(BIN)/pytest -q -m ray --durations=15
 
 test-fast: $(READY) ## the tests that need no cluster and no patience
-	$(BIN)/pytest -q -m "not slow and not ray" --durations=5
+	$(BIN)/pytest -q -n auto --maxprocesses 4 -m "not slow and not ray" --durations=5
 
 check: $(READY) ## format, lint, types
 	$(BIN)/ruff format --check .
