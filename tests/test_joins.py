@@ -15,6 +15,7 @@ import pytest
 
 import rayflow as rf
 from rayflow.joins import JoinResult
+from tests.failing import FailsOnce
 
 ROWS = 2_000
 
@@ -104,20 +105,6 @@ def test_joins_equal_duckdb_at_every_parallelism(join: str, parallelism: int, ba
     config = rf.JobConfig(batch_rows=batch_rows, watermark_interval="1ms")
     found = flow.run(parallelism=parallelism, local=True, progress=False, config=config).table()
     assert _rows(found) == _expected(query, left, right)
-
-
-class FailsOnce:
-    """Raises when it has seen so many rows, the first time a flow comes so far."""
-
-    def __init__(self, marker: str, after: int) -> None:
-        self._marker, self._left = Path(marker), after
-
-    def __call__(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        self._left -= batch.num_rows
-        if self._left < 0 and not self._marker.exists():
-            self._marker.touch()
-            raise RuntimeError("once")
-        return batch
 
 
 @pytest.mark.parametrize("join", JOINS)

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
 import rayflow as rf
+from tests.failing import FailsOnce, rows_of
 
 BACK_ENDS: list[Literal["memory", "fs", "rocksdb"]] = ["memory", "fs", "rocksdb"]
 
@@ -63,13 +63,6 @@ STEPS: dict[str, tuple[Callable[[rf.KeyedStream], rf.Stream], str]] = {
 }
 
 
-def _expected(query: str, data: pa.Table) -> list[dict[str, Any]]:
-    with duckdb.connect() as db:
-        db.register("data", data)
-        found: list[dict[str, Any]] = db.sql(query).to_arrow_table().to_pylist()
-    return sorted(found, key=repr)
-
-
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("parallelism", [1, 2, 4])
 def test_steps_equal_duckdb_at_every_parallelism(step: str, parallelism: int) -> None:
@@ -77,21 +70,7 @@ def test_steps_equal_duckdb_at_every_parallelism(step: str, parallelism: int) ->
     data = _data()
     flow = rf.Flow("steps", build(_stream(data)).collect())
     found = flow.run(parallelism=parallelism, local=True, progress=False).table().to_pylist()
-    assert sorted(found, key=repr) == _expected(query, data)
-
-
-class FailsOnce:
-    """Raises when it has seen so many rows, the first time a flow comes so far."""
-
-    def __init__(self, marker: str, after: int) -> None:
-        self._marker, self._left = Path(marker), after
-
-    def __call__(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        self._left -= batch.num_rows
-        if self._left < 0 and not self._marker.exists():
-            self._marker.touch()
-            raise RuntimeError("once")
-        return batch
+    assert sorted(found, key=repr) == rows_of(query, data)
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -113,7 +92,7 @@ def test_steps_go_on_from_a_checkpoint_as_if_nothing_had_happened(
         config=rf.JobConfig(state=state, restart=rf.Restart.fixed(delay="0s")),
     )
     assert (tmp_path / "failed").exists()
-    assert sorted(result.table().to_pylist(), key=repr) == _expected(query, data)
+    assert sorted(result.table().to_pylist(), key=repr) == rows_of(query, data)
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -128,7 +107,7 @@ def test_steps_equal_duckdb_with_state_larger_than_memory(step: str, tmp_path: P
         checkpoints=rf.CheckpointConfig(str(tmp_path / "checkpoints"), interval="100ms"),
         config=rf.JobConfig(state="rocksdb", state_memory_bytes=1024 * 1024),
     )
-    assert sorted(result.table().to_pylist(), key=repr) == _expected(query, data)
+    assert sorted(result.table().to_pylist(), key=repr) == rows_of(query, data)
 
 
 def test_event_time_goes_on_behind_running_aggregates() -> None:

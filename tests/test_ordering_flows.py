@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 import pytest
 
 import rayflow as rf
+from tests.failing import FailsOnce, rows_of
 
 BACK_ENDS: list[Literal["memory", "fs", "rocksdb"]] = ["memory", "fs", "rocksdb"]
 DELAY_S = 20
@@ -72,13 +72,6 @@ STEPS: dict[str, tuple[Callable[[rf.KeyedStream], rf.Stream], str]] = {
 }
 
 
-def _expected(query: str, data: pa.Table) -> list[dict[str, Any]]:
-    with duckdb.connect() as db:
-        db.register("data", data)
-        found: list[dict[str, Any]] = db.sql(query).to_arrow_table().to_pylist()
-    return sorted(found, key=repr)
-
-
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("parallelism", [1, 2, 4])
 def test_steps_equal_duckdb_at_every_parallelism(step: str, parallelism: int) -> None:
@@ -86,21 +79,7 @@ def test_steps_equal_duckdb_at_every_parallelism(step: str, parallelism: int) ->
     data = _data()
     flow = rf.Flow("steps", build(_stream(data)).collect())
     found = flow.run(parallelism=parallelism, local=True, progress=False).table().to_pylist()
-    assert sorted(found, key=repr) == _expected(query, data)
-
-
-class FailsOnce:
-    """Raises when it has seen so many rows, the first time a flow comes so far."""
-
-    def __init__(self, marker: str, after: int) -> None:
-        self._marker, self._left = Path(marker), after
-
-    def __call__(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        self._left -= batch.num_rows
-        if self._left < 0 and not self._marker.exists():
-            self._marker.touch()
-            raise RuntimeError("once")
-        return batch
+    assert sorted(found, key=repr) == rows_of(query, data)
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -122,7 +101,7 @@ def test_steps_go_on_from_a_checkpoint_as_if_nothing_had_happened(
         config=rf.JobConfig(state=state, state_memory_bytes=1 << 20, restart=rf.Restart.fixed(delay="0s")),
     )
     assert (tmp_path / "failed").exists()
-    assert sorted(result.table().to_pylist(), key=repr) == _expected(query, data)
+    assert sorted(result.table().to_pylist(), key=repr) == rows_of(query, data)
 
 
 def test_other_windows_are_refused_while_building() -> None:
@@ -165,7 +144,7 @@ def test_rows_of_each_key_come_sorted_at_every_parallelism(
         config=rf.JobConfig(state=state, state_memory_bytes=1 << 20),
     )
     query = "select *, row_number() over (partition by k order by t, row) as number from data"
-    assert sorted(result.table().to_pylist(), key=repr) == _expected(query, data)
+    assert sorted(result.table().to_pylist(), key=repr) == rows_of(query, data)
 
 
 @pytest.mark.parametrize("keyed", [True, False])
