@@ -20,6 +20,7 @@ from rayflow.errors import (
 )
 from rayflow.expressions import Expr, coalesce, col, lit, when
 from rayflow.flow import Flow, attach
+from rayflow.keyed import KeyedStream
 from rayflow.operators.aggregates import (
     aggregate,
     approx_count_distinct,
@@ -58,7 +59,7 @@ from rayflow.reading import from_arrow, from_generator, read_csv, read_json, rea
 from rayflow.restore_plan import RestorePlan, restore_plan
 from rayflow.runtime.results import JobResult, JobStatus, SubtaskInfo
 from rayflow.storage.rebucket import rebucket
-from rayflow.stream import KeyedStream, Stream
+from rayflow.stream import Stream
 
 __version__ = "0.1.0"
 

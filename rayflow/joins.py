@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from rayflow.config import Duration, duration_us
 from rayflow.errors import PlanError
 from rayflow.graph import Exchange, Input, Node, caller_location
+from rayflow.keyed import KeyedStream
 from rayflow.operators.base import EventTime
 from rayflow.operators.joins.asof import AsofJoin
 from rayflow.operators.joins.columns import How
@@ -17,7 +18,7 @@ from rayflow.operators.joins.lookup import Lookup
 from rayflow.operators.joins.operator import LATE_LEFT, LATE_RIGHT, Join
 from rayflow.operators.joins.window import WINDOW, WindowJoin
 from rayflow.operators.windowing.session import Session
-from rayflow.stream import KeyedStream, Stream
+from rayflow.stream import Stream
 from rayflow.windowed import AnyWindow
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from rayflow.operators.process import BroadcastProcess, KeyedProcess, Process
 from rayflow.stream import Stream
 
 if TYPE_CHECKING:
-    from rayflow.stream import KeyedStream
+    from rayflow.keyed import KeyedStream
 
 
 class ProcessResult(Stream):

@@ -14,7 +14,7 @@ from rayflow.operators.keyed.running import Emit, RunningAggregate
 from rayflow.operators.keyed.top import Top
 
 if TYPE_CHECKING:
-    from rayflow.stream import KeyedStream
+    from rayflow.keyed import KeyedStream
 
 
 def running_aggregate(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from rayflow.errors import PlanError
 from rayflow.graph import Node, caller_location
+from rayflow.keyed import KeyedStream
 from rayflow.operators.ordering.ranked import Keep, Ranking, WindowRank
 from rayflow.operators.ordering.sort import LATE, SortByTime
 from rayflow.operators.tumbling import Tumbling
 from rayflow.operators.windowing.calendar import CalendarDays
 from rayflow.operators.windowing.sliding import Sliding
-from rayflow.stream import KeyedStream, Stream
+from rayflow.stream import Stream
 
 
 class SortedStream(Stream):

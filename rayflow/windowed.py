@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 from rayflow.config import Duration, duration_us
 from rayflow.errors import PlanError
 from rayflow.graph import Node, caller_location
+from rayflow.keyed import KeyedStream
 from rayflow.operators.aggregates import Aggregate
 from rayflow.operators.ordering.ranked import Keep
 from rayflow.operators.tumbling import Tumbling
@@ -20,7 +21,7 @@ from rayflow.operators.windowing.session_operator import SessionAggregate
 from rayflow.operators.windowing.sliding import Sliding
 from rayflow.operators.windows import LocalCombine, WindowAggregate
 from rayflow.ordered import window_deduplicate, window_top
-from rayflow.stream import KeyedStream, Stream
+from rayflow.stream import Stream
 
 AnyWindow: TypeAlias = Tumbling | CalendarDays | Sliding | Session | CountWindow
 

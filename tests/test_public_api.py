@@ -20,9 +20,9 @@ from click.testing import CliRunner
 
 import rayflow as rf
 from rayflow.cli.main import main
+from rayflow.keyed import DeduplicatedStream
 from rayflow.keyed_process import ConnectedStream, ProcessResult
 from rayflow.ordered import SortedStream
-from rayflow.stream import DeduplicatedStream
 from rayflow.windowed import WindowedStream, WindowResult
 
 README = Path(__file__).resolve().parent.parent / "README.md"

@@ -8,8 +8,9 @@ import rayflow as rf
 from examples.nexmark.query import query
 from examples.nexmark.source import Events
 from rayflow import col
+from rayflow.keyed import KeyedStream
 from rayflow.operators.aggregates import Aggregate
-from rayflow.stream import KeyedStream, Stream
+from rayflow.stream import Stream
 
 
 @query(

@@ -17,9 +17,10 @@ import pytest
 import rayflow as rf
 from rayflow.core.ids import CheckpointId
 from rayflow.graph import Node
+from rayflow.keyed import KeyedStream
 from rayflow.operators.base import FrozenState, FrozenTable, Operator, RestoredState
 from rayflow.partition import hash_columns, key_groups
-from rayflow.stream import KeyedStream, Stream
+from rayflow.stream import Stream
 from tests.simulation.run import play
 from tests.simulation.scripted import Stage, finish, scripted
 
