@@ -82,6 +82,11 @@ class StateTable:
         return self.cache
 
     @property
+    def width(self) -> int:
+        """Columns of a row in a checkpoint."""
+        return len(self.stored)
+
+    @property
     def rows(self) -> int:
         """Rows there are (under ``rocksdb`` those in memory)."""
         return self.index.count - (0 if self.cache is None else self.cache.gone_rows)

@@ -11,6 +11,7 @@ import pytest
 
 from rayflow.errors import StateSchemaError
 from rayflow.operators.base import RestoredState
+from rayflow.operators.state import journal
 from rayflow.operators.state.keyed import KeyedState
 from rayflow.operators.state.table import StateTable
 from tests.operators.state.fakes import World
@@ -114,3 +115,16 @@ def test_restored_rows_of_other_columns_migrate_or_are_refused(world: World) -> 
     assert state.freeze().tables[0].pieces[0].id != "p", "other rows, another id"
     with pytest.raises(StateSchemaError, match="text"):
         state.table("text", KEYS, pa.schema([("a", pa.string())]))
+
+
+def test_a_wide_table_leaves_no_more_cells_to_a_freeze_than_a_narrow_one(world: World) -> None:
+    columns = [f"v{i}" for i in range(63)]
+    state = KeyedState(world.context(), ("k",))
+    table = state.table("wide", KEYS, pa.schema([(name, pa.int64()) for name in columns]))
+    most = journal.SEAL_CELLS // (1 + len(columns))
+    for low in range(0, ROWS, 10_000):
+        table.slots([pa.array(np.arange(low, low + 10_000))], insert=True)
+    pieces = state.freeze().tables[0].pieces
+    rows = [sum(map(len, piece.batches)) for piece in pieces]
+    assert sum(rows) == ROWS
+    assert rows[-1] <= most + 10_000
