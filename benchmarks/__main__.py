@@ -20,6 +20,8 @@ MODULES = (
     "window_vs_duckdb",
     "sliding_windows",
     "running_sum",
+    "big_state",
+    "restore_ranges",
     "exchange",
     "recovery",
     "credit_bound",
