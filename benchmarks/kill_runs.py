@@ -273,11 +273,16 @@ def left_on_local_disk(folder: Path, *, orphans: bool) -> list[str]:
     deadline = time.monotonic() + PATIENCE_S
     while subtask_processes() and time.monotonic() < deadline:
         time.sleep(0.002)
-    if orphans:
-        following = Scratch(str(folder / LOCAL_DIR), JOB, SubtaskId("next", 0), Attempt(1))
-        following.folder("state")
-        following.close()
-    return [str(path) for path in (folder / LOCAL_DIR).rglob("*")]
+    while True:
+        if orphans:
+            following = Scratch(str(folder / LOCAL_DIR), JOB, SubtaskId("next", 0), Attempt(1))
+            following.folder("state")
+            following.close()
+        left = [str(path) for path in (folder / LOCAL_DIR).rglob("*")]
+        # A process that was killed is a zombie by name while its last threads still hold the lock of its folder.
+        if not (left and orphans) or time.monotonic() >= deadline:
+            return left
+        time.sleep(0.01)
 
 
 def subtask_processes() -> list[int]:
