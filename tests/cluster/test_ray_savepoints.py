@@ -83,7 +83,7 @@ def test_a_job_is_rescaled_up_and_down_in_one_call_each(tmp_path: Path, gate: Pa
         job.rescale(100)
     assert job.status().state == "running", "what cannot be is refused before the job is stopped"
     wide = attach("windows").rescale(4)
-    assert job.name not in running_jobs()
+    until(lambda: job.name not in running_jobs(), "the old job is gone, which Ray ends in its own time")
     running(wide)
     assert {s.index for s in wide.subtasks()} == set(range(4))
     narrow = wide.rescale(1)
@@ -112,7 +112,7 @@ def test_the_command_line_looks_after_a_job(tmp_path: Path, gate: Path) -> None:
     body = json.loads(stopped.stdout)
     assert body["status"] == "stopped"
     assert (Path(body["savepoint"]) / "manifest.json").is_file()
-    assert json.loads(runner.invoke(main, ["jobs", "--json"]).stdout) == []
+    until(lambda: json.loads(runner.invoke(main, ["jobs", "--json"]).stdout) == [], "no job is listed any more")
     gone = runner.invoke(main, ["savepoint", "windows"])
     assert gone.exit_code == 1
     assert "no such job runs" in gone.output
