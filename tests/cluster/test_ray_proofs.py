@@ -30,6 +30,7 @@ from tests.cluster.ray_harness import (
     until,
     visible,
 )
+from tests.cluster.stateful import Stops
 
 Numbers = NDArray[np.int64]
 
@@ -166,23 +167,6 @@ def test_two_shuffles_keep_every_path_in_order_through_three_kills_and_an_except
 # ---------------------------------------------------------------------------------------- P2: windows, a gated failure
 
 KEYS, CALLS, SIZE_S = 5, 400, 7
-
-
-@dataclass(frozen=True)
-class Stops:
-    """Where the source of P2 waits: before call ``at`` until the file is there; it says that it has come so far."""
-
-    folder: Path
-
-    def passed(self, at: int) -> bool:
-        (self.folder / f"reached-{at}").touch()
-        return (self.folder / f"go-{at}").exists()
-
-    def until_reached(self, at: int) -> None:
-        until((self.folder / f"reached-{at}").exists, f"call {at} is reached")
-
-    def go(self, at: int) -> None:
-        (self.folder / f"go-{at}").touch()
 
 
 def calls(stops: Stops) -> Callable[[int, int], Iterator[pa.RecordBatch | None]]:

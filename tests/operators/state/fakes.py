@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from rayflow.core.keygroups import key_group_range
 from rayflow.operators.base import (
     BoolArray,
     Change,
@@ -28,6 +27,7 @@ from rayflow.operators.base import (
     UInt16Array,
 )
 from rayflow.partition import hash_columns, key_groups
+from tests.operators.helpers import context
 
 Row = tuple[int, dict[str, Any]]
 
@@ -177,20 +177,8 @@ class World:
 
     def context(self, subtask: int = 0, parallelism: int = 1) -> OperatorContext:
         kind = "rocksdb" if self.kind in ("fake", "rocksdb") else self.kind
-        return OperatorContext(
-            job="job",
-            run_id="run",
-            operator="op",
-            step="under test",
-            subtask=subtask,
-            parallelism=parallelism,
-            max_parallelism=128,
-            attempt=1,
-            key_groups=key_group_range(subtask, parallelism, 128),
-            now=lambda: 0.0,
-            wall_time=lambda: self.now,
-            backend=StateBackend(kind, self.memory_bytes, self.scratch, self.open_cold),  # type: ignore[arg-type]
-        )
+        backend = StateBackend(kind, self.memory_bytes, self.scratch, self.open_cold)  # type: ignore[arg-type]
+        return replace(context(subtask, parallelism, backend), wall_time=lambda: self.now)
 
     def scratch(self, name: str) -> Path:
         self._numbers += 1
