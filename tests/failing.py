@@ -8,6 +8,8 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
+import rayflow as rf
+
 
 class FailsOnce:
     """For `map_batches`: raises when it has seen so many rows, the first time a flow comes so far."""
@@ -29,3 +31,14 @@ def rows_of(query: str, data: pa.Table) -> list[dict[str, Any]]:
         db.register("data", data)
         found: list[dict[str, Any]] = db.sql(query).to_arrow_table().to_pylist()
     return sorted(found, key=repr)
+
+
+def run_with_checkpoints(flow: rf.Flow, folder: Path, config: rf.JobConfig) -> list[dict[str, Any]]:
+    """What the flow collects in this process at parallelism 2, with checkpoints as often as they go; as `rows_of`.
+
+    The step that fails has left its mark, ``failed``, in the folder.
+    """
+    checkpoints = rf.CheckpointConfig(str(folder / "checkpoints"), interval="1ms", min_pause="0s")
+    result = flow.run(parallelism=2, local=True, progress=False, checkpoints=checkpoints, config=config)
+    assert (folder / "failed").exists()
+    return sorted(result.table().to_pylist(), key=repr)

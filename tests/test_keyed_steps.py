@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pytest
 
 import rayflow as rf
-from tests.failing import FailsOnce, rows_of
+from tests.failing import FailsOnce, rows_of, run_with_checkpoints
 
 BACK_ENDS: list[Literal["memory", "fs", "rocksdb"]] = ["memory", "fs", "rocksdb"]
 
@@ -84,15 +84,8 @@ def test_steps_go_on_from_a_checkpoint_as_if_nothing_had_happened(
         FailsOnce, fn_constructor_args=(str(tmp_path / "failed"), 2_000), schema=data.schema
     )
     flow = rf.Flow("steps", build(failing.key_by("k")).collect())
-    result = flow.run(
-        parallelism=2,
-        local=True,
-        progress=False,
-        checkpoints=rf.CheckpointConfig(str(tmp_path / "checkpoints"), interval="1ms", min_pause="0s"),
-        config=rf.JobConfig(state=state, restart=rf.Restart.fixed(delay="0s")),
-    )
-    assert (tmp_path / "failed").exists()
-    assert sorted(result.table().to_pylist(), key=repr) == rows_of(query, data)
+    config = rf.JobConfig(state=state, restart=rf.Restart.fixed(delay="0s"))
+    assert run_with_checkpoints(flow, tmp_path, config) == rows_of(query, data)
 
 
 @pytest.mark.parametrize("step", STEPS)
