@@ -21,7 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Literal, Protocol
+from typing import ClassVar, Final, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +53,14 @@ class StateBackend:
 
 
 @dataclass(frozen=True, slots=True)
+class Staging:
+    """A folder beside the checkpoints of the job in which sinks may keep rows until they are committed."""
+
+    url: str
+    storage_options: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class OperatorContext:
     """Who and where this operator instance is."""
 
@@ -72,6 +80,8 @@ class OperatorContext:
     wall_time: Callable[[], float] = lambda: 0.0
     """Unix seconds: for processing-time timers and time to live, which must mean the same after a restart."""
     backend: StateBackend = field(default_factory=lambda: StateBackend())
+    staging: Staging | None = None
+    """Where a sink may keep rows until they are committed; None without a checkpoint directory."""
     threads: bool = False
     """Whether what an operator does may depend on how fast threads of its own are. Not in the local runtime and the
     simulator: there it waits for them."""
@@ -353,6 +363,10 @@ class SplitReader(ABC):
     def poll(self) -> Polled:
         """The next batch. Must not block for long (some 100 ms at most); return an empty `Polled` instead."""
 
+    def checkpointed(self, position: Json) -> None:
+        """A checkpoint that holds ``position`` is complete. For outside views of progress only (a consumer group's
+        offsets): what a job goes on from is its checkpoint. Must neither block nor raise."""
+
     def close(self) -> None:
         """Release resources."""
 
@@ -380,8 +394,31 @@ class Source(ABC):
     def reader(self, split: Json, position: Json, ctx: OperatorContext) -> SplitReader:
         """A reader that begins at ``position`` (None: at the beginning)."""
 
+    def discover_again(self) -> Sequence[tuple[str, Json]]:
+        """As `discover`, every `discovery_interval_s` while the job runs: ids that were not known before are new.
+
+        The coordinator keeps every id that it has seen in its checkpoints, so that no split is read twice."""
+        return self.discover()
+
+    @property
+    def discovery_interval_s(self) -> float | None:
+        """How often to look for new splits, in seconds; None: the splits of the beginning are all."""
+        return None
+
     @property
     def bounded(self) -> bool:
+        """Whether the input ends. One that looks for new splits does not."""
+        return True
+
+    @property
+    def in_turns(self) -> bool:
+        """Whether a subtask reads its splits side by side, each with a watermark of its own, instead of one after
+        another. Splits that never end must be."""
+        return not self.bounded
+
+    @property
+    def replayable(self) -> bool:
+        """Whether a position can be read again. Without that a failure loses rows (at most once)."""
         return True
 
 
@@ -407,8 +444,40 @@ class EventTime:
 # --------------------------------------------------------------------------------------------------------------- sinks
 
 
+Guarantee = Literal["exactly_once", "idempotent", "at_least_once"]
+"""What a sink makes of a job with exactly-once checkpoints. ``exactly_once``: each row is visible once (two-phase
+commit, write-ahead log). ``idempotent``: rows may be written again after a failure, and replace themselves (upsert by
+key). ``at_least_once``: rows may be there twice."""
+
+
+@dataclass(frozen=True, slots=True)
+class CommitterContext:
+    """For whom a committer works; the same in the coordinator and in all subtasks, after restarts too."""
+
+    job: str
+    run_id: str
+    """Of the job's life on its checkpoint directory; another one when it begins anew in an empty one."""
+    operator: str
+    step: str
+    parallelism: int
+    """Of the sink, now; earlier attempts may have had another."""
+    staging: Staging | None = None
+    """None without a checkpoint directory."""
+
+    def __str__(self) -> str:
+        return f"step {self.step!r}"
+
+
 class Committer(ABC):
     """Makes prepared output visible. Used on the coordinator side for recovery and in subtasks on completion."""
+
+    whole: ClassVar[bool] = False
+    """One commit a checkpoint: the coordinator commits what all subtasks prepared, together, and no subtask commits."""
+    ctx: CommitterContext
+
+    def open(self, ctx: CommitterContext) -> None:
+        """Called once, before anything else."""
+        self.ctx = ctx
 
     @abstractmethod
     def commit(self, committables: Sequence[Json]) -> None:
@@ -441,6 +510,8 @@ class SinkFactory(OperatorFactory, Protocol):
     def committer(self) -> Committer | None:
         """None for a sink that needs no commit (print)."""
 
+    # Optional: ``guarantee: Guarantee``, "exactly_once" where it is missing.
+
 
 # -------------------------------------------------------------------------------------------------- helpers for testing
 
@@ -469,11 +540,13 @@ __all__ = [
     "ColdTable",
     "Collected",
     "Committer",
+    "CommitterContext",
     "EventTime",
     "FolderFile",
     "FrozenFolder",
     "FrozenState",
     "FrozenTable",
+    "Guarantee",
     "Operator",
     "OperatorContext",
     "OperatorFactory",
@@ -488,6 +561,7 @@ __all__ = [
     "SplitReader",
     "SplitState",
     "Spread",
+    "Staging",
     "StateBackend",
     "new_piece",
 ]

@@ -2,8 +2,8 @@
 
 A message is one sentence that names the step, the subtask, what was expected, what came and what to do.
 Classes say who has to act: the builder of the flow (`PlanError`), the owner of the data (`DataError`), the owner of
-the user function (`UserCodeError`), the operator of storage or cluster (`StorageError`, `ClusterError`), or us
-(`ProtocolError`, which means that a numbered rule was about to be broken).
+the user function (`UserCodeError`), the operator of storage, of another system or of the cluster (`StorageError`,
+`ConnectorError`, `ClusterError`), or us (`ProtocolError`, which means that a numbered rule was about to be broken).
 """
 
 from __future__ import annotations
@@ -46,6 +46,11 @@ class SchemaChangedError(UserCodeError, DataError):
 
 class StorageError(RayflowError):
     """Checkpoint storage could not do what was asked; nothing committed is lost."""
+
+
+class ConnectorError(RayflowError):
+    """A system that a source reads or a sink writes cannot be reached, or refuses for now: the job tries again with
+    its restart strategy, nothing committed is lost."""
 
 
 class CorruptCheckpointError(StorageError):

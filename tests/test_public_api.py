@@ -42,9 +42,9 @@ STATE = {
 SAVEPOINTS = {"RestorePlan", "rebucket", "restore_plan"}
 CHECKPOINTS = {"Checkpoint", "StateDifference", "diff", "read_checkpoint"}
 ERRORS = {
-    "ClusterError", "CommitLostError", "ConfigError", "CorruptCheckpointError", "DataError", "FencedError",
-    "JobCancelledError", "JobFailedError", "PlanError", "RayflowError", "StateSchemaError", "StorageError",
-    "UserCodeError",
+    "ClusterError", "CommitLostError", "ConfigError", "ConnectorError", "CorruptCheckpointError", "DataError",
+    "FencedError", "JobCancelledError", "JobFailedError", "PlanError", "RayflowError", "StateSchemaError",
+    "StorageError", "UserCodeError",
 }  # fmt: skip
 
 METHODS = {

@@ -41,6 +41,8 @@ NAMESPACE: Final = "rayflow"
 COORDINATOR_PATIENCE_S: Final = 60.0
 """How long a coordinator may be away (Ray is starting it again) before a call gives up."""
 CANCEL_TIMEOUT_S: Final = 60.0
+RELEASE_PATIENCE_S: Final = 10.0
+"""How long the cluster may take to forget a coordinator that was killed; the job has ended whether it does or not."""
 
 
 def submit(
@@ -369,8 +371,12 @@ class Job:
         return self._ended
 
     def _release(self) -> None:
+        """End the coordinator, and return when the cluster has forgotten it: `ray.kill` only asks for that."""
         with contextlib.suppress(Exception):  # gone already
             ray.kill(self._actor)
+            for _ in patiently(RELEASE_PATIENCE_S):
+                if self.name not in running_jobs():
+                    return
 
     def _read(self, method: str, field: str) -> Any:
         """What the coordinator says; what it said last when the job has just ended."""
