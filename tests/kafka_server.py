@@ -1,7 +1,7 @@
 """A real Kafka-protocol broker (noida-db) for tests: on 127.0.0.1, on a free port, one a session.
 
-Import the fixture where it is needed (``from tests.kafka_server import kafka``): it starts on first use. Topics are made
-with ``retention.ms=-1``, so that records with old timestamps stay. What the broker is known not to do as Apache Kafka
+Import the fixture where it is needed (``from tests.kafka_server import kafka``): it starts on first use. Topics are
+made with ``retention.ms=-1``, so that records with old timestamps stay. What the broker is known not to do as Apache Kafka
 does: it does not enforce ``transaction.timeout.ms``, and a restart with an open transaction breaks that partition.
 """
 
@@ -179,12 +179,12 @@ def noida(folder: Path, port: int = 0) -> Iterator[KafkaServer]:
     """Run a broker on ``folder``; ready means that it has answered a client."""
     port = port or free_port()
     log = folder / "noida.log"
+    flags = ["--host", "127.0.0.1", "--only", "kafka", "--kafka-port", str(port)]
     binary = Path(str(files("noida_db"))) / "noida-db"
     binary.chmod(0o755)
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [binary, "start", "--data-dir", folder / "data", "--host", "127.0.0.1", "--only", "kafka"]
-            + ["--kafka-port", str(port)],
+            [str(binary), "start", "--data-dir", str(folder / "data"), *flags],
             stdout=output,
             stderr=subprocess.STDOUT,
             cwd=folder,
