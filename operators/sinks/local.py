@@ -37,7 +37,7 @@ class LocalTarget(Target):
         return {"pending": os.path.basename(path), "final": final, "rows": rows, "nbytes": os.path.getsize(path)}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class LocalCommitter(Committer):
     folder: str
     suffix: str

@@ -139,7 +139,7 @@ class S3Target(Target):
             self._spool = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class S3Committer(Committer):
     bucket: Bucket
     suffix: str
