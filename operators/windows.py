@@ -12,7 +12,7 @@ A window [start, end) is complete when the watermark w >= end, because no row wi
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Final
 
 import numpy as np
@@ -34,6 +34,7 @@ from rayflow.operators.tumbling import Tumbling, WindowSpec, tumbling
 from rayflow.operators.windowing.panes import Firing, PaneIsWindow, TwoStacks
 from rayflow.operators.windowing.progress import Emit, Progress, check_cut, check_emit
 from rayflow.operators.windowing.sliding import Sliding
+from rayflow.operators.windowing.triggers import Clock, ClockTimer
 from rayflow.operators.windowing.updates import current, updated, windows_of
 
 LATE = "late"
@@ -67,7 +68,9 @@ class WindowAggregate:
     emit: Emit = "final"
     """See `rayflow.operators.windowing.progress`."""
     early_us: int | None = None
-    """With ``update``: all windows that are open give what they have when event time passes a multiple of this."""
+    """With ``update``: all windows that are open give what they have when event time passes a multiple of this; with
+    ``early_clock="processing"`` those that have changed do, when the clock of the machine passes one."""
+    early_clock: Clock = "event"
 
     def __post_init__(self) -> None:
         check_names(self.keys, self.aggregates)
@@ -118,16 +121,6 @@ class WindowAggregate:
         return WindowOperator(self)
 
 
-@dataclass(slots=True)
-class WindowCounters:
-    """What a window operator counts; all but ``fired_rows`` are lost rows somebody may ask about."""
-
-    late_rows: int = 0
-    """Rows whose window had closed; part of the snapshot."""
-    fired_rows: int = field(default=0)
-    """Result rows emitted in this attempt."""
-
-
 class WindowOperator(Operator):
     """See `WindowAggregate`. The state is a `RunStore` of partial results of the open windows."""
 
@@ -141,20 +134,14 @@ class WindowOperator(Operator):
         self._combiner: Combiner | None = None
         self._runs: RunStore | None = None
         self._firing: Firing = TwoStacks(factory.spec) if isinstance(factory.spec, Sliding) else PaneIsWindow()
-        self.counters = WindowCounters()
+        by_clock = factory.early_us is not None and factory.early_clock == "processing"
+        self._by_clock = ClockTimer(factory.early_us or 1) if by_clock else None
+        self.late_rows = 0
+        """Rows whose windows were gone; part of the snapshot."""
 
     def open(self, ctx: OperatorContext, out: Output) -> None:
         Operator.open(self, ctx, out)
         self._reader = EventTimeReader(self._factory.event_time, on_error=self._factory.on_error, where=str(ctx))
-
-    @property
-    def _watermark(self) -> int:
-        """Windows that end here or before are gone: the watermark, behind it by the allowed lateness."""
-        return self._progress.kept
-
-    @property
-    def late_rows(self) -> int:
-        return self.counters.late_rows
 
     @property
     def skipped_rows(self) -> int:
@@ -176,7 +163,7 @@ class WindowOperator(Operator):
         starts = self._spec.window_starts(times, earliest, latest)
         if self._closed(self._spec.start_of(earliest)):
             late = self._late(starts, batch.num_rows)
-            self.counters.late_rows += int(late.sum())
+            self.late_rows += int(late.sum())
             rows = batch.filter(pa.array(late))
             self.out.emit(rows, LATE)
             if rows.num_rows == batch.num_rows:
@@ -212,7 +199,7 @@ class WindowOperator(Operator):
         low, high = int(starts.min()), int(starts.max())
         if self._closed(low):
             late = self._late(starts, len(starts))
-            self.counters.late_rows += pc.sum(partials.column(ROWS).filter(pa.array(late))).as_py() or 0
+            self.late_rows += pc.sum(partials.column(ROWS).filter(pa.array(late))).as_py() or 0
             partials, starts = partials.filter(pa.array(~late)), starts[~late]
             if len(starts) == 0:
                 return
@@ -223,6 +210,8 @@ class WindowOperator(Operator):
         assert self._runs is not None
         self._runs.append(run)
         self._firing.touched(run.low)
+        if self._by_clock is not None:
+            self._by_clock.changed(np.unique(self._runs.starts_of(run.table)).tolist(), self.ctx.wall_time())
         fired = self._spec.first_open(self._progress.fired)
         if self._factory.emit == "update" and self._spec.first_open(run.low) < fired:
             kept = self._spec.first_open(self._progress.kept)
@@ -286,10 +275,22 @@ class WindowOperator(Operator):
         since = self._spec.first_open(max(before.fired, low))
         if since < until or low < keep:
             self._emit(self._firing.due(self._runs, self._plan, min(since, until), until, keep))
-        early_us = self._factory.early_us
+        early_us = self._factory.early_us if self._by_clock is None else None
         if early_us is not None and now.watermark // early_us > before.watermark // early_us:
             begun = windows_of(self._runs.starts_from(until), self._spec, until, now.watermark + 1)
             self._emit(current(self._runs, self._plan, self._spec, begun))
+
+    def next_timer(self) -> float | None:
+        return None if self._by_clock is None else self._by_clock.due
+
+    def on_time(self, now: float) -> None:
+        """Early results by the clock, of the windows that have changed since the last ones. Those that have fired have
+        told of their changes themselves."""
+        panes = np.array([] if self._by_clock is None else self._by_clock.take(now), np.int64)
+        if len(panes) and self._runs is not None and self._plan is not None:
+            first = self._spec.first_open(self._progress.fired)
+            starts = windows_of(panes, self._spec, first, MAX_WATERMARK)
+            self._emit(current(self._runs, self._plan, self._spec, starts))
 
     def _emit(self, due: Iterable[pa.Table]) -> None:
         """Partial results of whole windows, in order of their start."""
@@ -299,7 +300,6 @@ class WindowOperator(Operator):
                 table = self._plan.finalise(partials, self._spec.ends_of)
             except DataError as error:
                 raise DataError(f"{self.ctx}: {error}") from error
-            self.counters.fired_rows += table.num_rows
             for batch in table.combine_chunks().to_batches(max_chunksize=self._factory.batch_rows):
                 self.out.emit(batch)
 
@@ -320,7 +320,7 @@ class WindowOperator(Operator):
             meta={
                 **self._progress.meta(),
                 **self._spec.cut(),
-                "open_from": max(MIN_WATERMARK, self._spec.first_open(self._watermark)),
+                "open_from": max(MIN_WATERMARK, self._spec.first_open(self._progress.kept)),
                 "late_rows": self.late_rows,
                 "first_group": self.ctx.key_groups.start,
                 "base": list(runs.base),
@@ -349,9 +349,7 @@ class WindowOperator(Operator):
         progress = {int(state.meta["first_group"]): state.meta for state in states if state.meta}
         self._progress = self._progress.restored(list(progress.values()))
         # Each old subtask's counter goes on in one new subtask, so that the sum over subtasks stays right.
-        self.counters.late_rows = sum(
-            int(meta["late_rows"]) for group, meta in progress.items() if group in self.ctx.key_groups
-        )
+        self.late_rows = sum(int(meta["late_rows"]) for group, meta in progress.items() if group in self.ctx.key_groups)
         base, merged = (
             {_whole(piece) for meta in progress.values() for piece in meta.get(kind, ())} for kind in ("base", "merged")
         )
@@ -367,8 +365,10 @@ class WindowOperator(Operator):
             raise DataError(f"{self.ctx} cannot restore state {STATE!r}: {error}") from error
         self._bind(plan)
         assert self._runs is not None
-        closed = None if self._watermark == MIN_WATERMARK else self._spec.first_open(self._watermark) - 1
+        closed = None if self._progress.kept == MIN_WATERMARK else self._spec.first_open(self._progress.kept) - 1
         self._runs.restore(table.select(plan.schema.names), piece=state.piece, base=base, merged=merged, closed=closed)
+        if self._by_clock is not None:
+            self._by_clock.changed(self._runs.starts_from(MIN_WATERMARK).tolist(), self.ctx.wall_time())
 
     def close(self) -> None:
         if self._runs is not None:

@@ -56,6 +56,7 @@ from rayflow.operators.windowing.calendar import tumbling
 from rayflow.operators.windowing.count import count_window
 from rayflow.operators.windowing.session import session
 from rayflow.operators.windowing.sliding import sliding
+from rayflow.operators.windowing.triggers import every
 from rayflow.reading import from_arrow, from_generator, read_csv, read_json, read_parquet, read_source
 from rayflow.restore_plan import RestorePlan, restore_plan
 from rayflow.runtime.results import JobResult, JobStatus, SubtaskInfo
@@ -117,6 +118,7 @@ __all__ = [
     "count_distinct",
     "count_window",
     "diff",
+    "every",
     "first",
     "from_arrow",
     "from_generator",

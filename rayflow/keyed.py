@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rayflow.keyed_process import ConnectedStream, ProcessResult
     from rayflow.operators.joins.columns import How
     from rayflow.operators.process import KeyedProcess
+    from rayflow.operators.windowing.triggers import Every
     from rayflow.windowed import AnyWindow, WindowedStream
 
 
@@ -34,7 +35,7 @@ class KeyedStream(Stream):
         *,
         allowed_lateness: Duration = "0s",
         emit: Literal["final", "update"] = "final",
-        early: Duration | None = None,
+        early: Duration | Every | None = None,
     ) -> WindowedStream:
         """Cut each key's rows into windows of event time (`rf.tumbling`, `rf.sliding`, `rf.session`) or of a number of
         rows (`rf.count_window`).
@@ -44,7 +45,8 @@ class KeyedStream(Stream):
         any more. ``emit="update"``: the result comes when the watermark reaches the end of the window, and again for
         every batch that changes it; the last one of a key and window counts (an upsert by key and ``window_start``).
         ``early="10s"``, with ``update``: open windows give what they have so often, in event time; how often a result
-        is updated depends on how the stream is cut, what the last one says does not.
+        is updated depends on how the stream is cut, what the last one says does not. ``early=rf.every("10s",
+        clock="processing")``: so often by the clock of the machine, for windows that have changed since.
 
         Sessions and count windows take none of these. Raises `PlanError` when the stream has no event time,
         which only `rf.count_window` does without.

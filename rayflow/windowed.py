@@ -19,6 +19,7 @@ from rayflow.operators.windowing.progress import Emit, check_emit
 from rayflow.operators.windowing.session import Session
 from rayflow.operators.windowing.session_operator import SessionAggregate
 from rayflow.operators.windowing.sliding import Sliding
+from rayflow.operators.windowing.triggers import Clock, Every
 from rayflow.operators.windows import LocalCombine, WindowAggregate
 from rayflow.ordered import window_deduplicate, window_top
 from rayflow.stream import Stream
@@ -32,7 +33,7 @@ def window(
     *,
     allowed_lateness: Duration = "0s",
     emit: Emit = "final",
-    early: Duration | None = None,
+    early: Duration | Every | None = None,
 ) -> WindowedStream:
     """Raises `PlanError` for a stream without event time, for what is no window and for options that mean nothing."""
     if not isinstance(spec, AnyWindow):
@@ -45,9 +46,14 @@ def window(
             f"step 'window' ({caller_location()}): the stream has no event time; pass event_time= to the source or "
             "call .with_event_time(column) before key_by"
         )
-    early_us = None if early is None else duration_us(early, what="early", minimum_us=1)
-    options = Options(duration_us(allowed_lateness, what="allowed_lateness"), emit, early_us)
+    trigger = (
+        early if isinstance(early, Every) or early is None else Every(duration_us(early, what="early", minimum_us=1))
+    )
+    early_us, clock = (None, "event") if trigger is None else (trigger.period_us, trigger.clock)
+    options = Options(duration_us(allowed_lateness, what="allowed_lateness"), emit, early_us, clock)
     try:
+        if trigger is not None and trigger.rows is not None:
+            raise PlanError(f'early= is a period such as "10s" or rf.every("10s", clock="processing"), got {trigger}')
         check_emit(emit, early_us)
         if isinstance(spec, Session | CountWindow) and options != Options():
             raise PlanError(f"{spec} gives one result each: leave allowed_lateness, emit and early out")
@@ -63,11 +69,12 @@ class Options:
     allowed_lateness_us: int = 0
     emit: Emit = "final"
     early_us: int | None = None
+    early_clock: Clock = "event"
 
     def __str__(self) -> str:
         said = [] if not self.allowed_lateness_us else [f"late by {timedelta(microseconds=self.allowed_lateness_us)}"]
         said += ["updates"] if self.emit == "update" else []
-        said += [f"early every {timedelta(microseconds=self.early_us)}"] if self.early_us else []
+        said += [f"early {Every(self.early_us, clock=self.early_clock)}"] if self.early_us else []
         return "".join(f", {each}" for each in said)
 
 

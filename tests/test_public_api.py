@@ -34,7 +34,7 @@ AGGREGATES = {
     "first", "last", "max", "mean", "median", "min", "quantile", "stddev", "sum", "variance",
 }  # fmt: skip
 RUNNING = {"CheckpointConfig", "Flow", "JobConfig", "JobResult", "JobStatus", "Restart", "SubtaskInfo", "attach"}
-STREAMS = {"KeyedStream", "Stream", "count_window", "session", "sliding", "tumbling"}
+STREAMS = {"KeyedStream", "Stream", "count_window", "every", "session", "sliding", "tumbling"}
 STATE = {
     "AggregatingState", "BroadcastProcess", "BroadcastState", "FrozenState", "FrozenTable", "KeyedProcess", "ListState",
     "MapState", "ReducingState", "SinkOperator", "ValueState",
@@ -68,7 +68,7 @@ METHODS = {
 
 POSITIONAL_DEFAULTS = {
     "count": {"column"}, "Stream.take": {"n"}, "Stream.show": {"n"}, "JobResult.table": {"name"},
-    "read_checkpoint": {"checkpoint"},
+    "every": {"period"}, "read_checkpoint": {"checkpoint"},
 }  # fmt: skip
 """The one argument that the name of the function speaks of; everything else is an option."""
 

@@ -137,6 +137,13 @@ def test_options_that_do_not_go_together_are_refused(events: pa.Table) -> None:
     stream = keyed(events)
     with pytest.raises(rf.PlanError, match=r"step 'window' \(test_windows.py:\d+\): early= needs"):
         stream.window(rf.tumbling("10s"), early="1s")
+    with pytest.raises(rf.PlanError, match="early= is a period.*every 5 rows"):
+        stream.window(rf.tumbling("10s"), emit="update", early=rf.every(rows=5))
+    for wrong in ({}, {"period": "1s", "rows": 1}, {"rows": 0}, {"rows": 3, "clock": "processing"}, {"period": "0s"}):
+        with pytest.raises(rf.ConfigError, match="every"):
+            rf.every(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(rf.ConfigError, match="clock"):
+        rf.every("1s", clock="wall")  # type: ignore[arg-type]
     with pytest.raises(rf.PlanError, match="session gap 0:00:10 gives one result"):
         stream.window(rf.session(gap="10s"), allowed_lateness="1s")
     with pytest.raises(rf.PlanError, match="top gives rows when the window closes"):
@@ -146,6 +153,15 @@ def test_options_that_do_not_go_together_are_refused(events: pa.Table) -> None:
     counted = stream.window(rf.tumbling("10s"), allowed_lateness="1m", emit="update", early="5s").agg(n=rf.count())
     text = rf.Flow("f", counted.collect()).explain()
     assert "tumbling 0:00:10, late by 0:01:00, updates, early every 0:00:05 by k: n" in text
+
+
+def test_early_results_by_the_clock(events: pa.Table) -> None:
+    window = keyed(events).window(rf.tumbling("10s"), emit="update", early=rf.every("1ms", clock="processing"))
+    counted = window.agg(n=rf.count(), total=rf.sum("v"))
+    assert "early every 0:00:00.001000 of the clock" in rf.Flow("f", counted.collect()).explain()
+    right = ran(keyed(events).window(rf.tumbling("10s")).agg(n=rf.count(), total=rf.sum("v")), parallelism=1)
+    told = ran(counted, parallelism=2)
+    assert sorted({row[:3]: row for row in told}.values()) == right
 
 
 @pytest.mark.parametrize("parallelism", [1, 2])

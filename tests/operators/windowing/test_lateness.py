@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ from hypothesis import strategies as st
 import rayflow.operators.aggregates as rf
 from rayflow.core.ids import MAX_WATERMARK, MIN_WATERMARK
 from rayflow.errors import PlanError
-from rayflow.operators.base import MAIN, Operator
+from rayflow.operators.base import MAIN, Collected, Operator
 from rayflow.operators.tumbling import Tumbling, WindowSpec
 from rayflow.operators.windowing.progress import Emit
 from rayflow.operators.windowing.sliding import Sliding
 from rayflow.operators.windows import LATE, LocalCombine, WindowAggregate, WindowOperator
-from tests.operators.helpers import frozen, opened, rows
+from tests.operators.helpers import context, frozen, opened, rows
 from tests.operators.windowing.helpers import SCHEMA, WAYS, Row, Way, batch, ordered, results, run, us, within_delay
 
 AGGREGATES = {"n": rf.count(), "total": rf.sum("v")}
@@ -161,6 +162,71 @@ def test_early_results_come_each_period() -> None:
     assert _emitted(operator, out, [(1, 150, 1)], 11) == [(1, 0, 2)], "the window from 100 on has not begun"
     assert _emitted(operator, out, 11, 12) == []
     assert _emitted(operator, out, 100) == [(1, 0, 2), (1, 100, 1)]
+
+
+def by_clock(spec: WindowSpec, seconds: list[float], lateness: int = 0) -> tuple[Operator, Any]:
+    """Early results each 10 s of a clock that shows ``seconds[-1]``."""
+    operator, out = (
+        factory(spec, lateness, "update", early_us=10_000_000, early_clock="processing").build(),
+        Collected(),
+    )
+    operator.open(replace(context(), wall_time=lambda: seconds[-1]), out)
+    return operator, out
+
+
+def test_early_results_by_the_clock_tell_of_windows_that_have_changed() -> None:
+    now = [1_003.0]
+    operator, out = by_clock(Tumbling(100), now)
+    assert operator.next_timer() is None
+    assert _emitted(operator, out, [(1, 1, 1), (2, 150, 1)]) == []
+    assert operator.next_timer() == 1_010
+    operator.on_time(1_009)
+    assert _emitted(operator, out) == []
+    now.append(1_010)
+    assert _at(operator, out, 1_010) == [(1, 0, 1), (2, 100, 1)], "event time has not even begun"
+    assert operator.next_timer() is None, "nothing has changed since"
+    assert _emitted(operator, out, [(2, 150, 1)]) == []
+    assert operator.next_timer() == 1_020
+    states = frozen(operator)
+    assert _at(operator, out, 1_020) == [(2, 100, 2)]
+    operator.process(batch([(1, 2, 1)]), 0)
+    assert _emitted(operator, out, 100) == [(1, 0, 2)]
+    assert _at(operator, out, 1_020) == [], "it has fired"
+    restored, out = by_clock(Tumbling(100), now)
+    restored.restore(states)
+    assert _at(restored, out, 1_020) == [(1, 0, 1), (2, 100, 2)], "what was told is not known: all is told again"
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from(SPECS), SENT, WAYS)
+def test_early_results_by_the_clock_change_nothing_in_the_last_ones(
+    spec: Tumbling | Sliding, sent: tuple[int, list[Row]], way: Way
+) -> None:
+    """The clock strikes between any two batches."""
+
+    class Struck(WindowOperator):
+        def process(self, batch: Any, input_index: int) -> None:
+            super().process(batch, input_index)
+            self.on_time(self.next_timer() or 0)
+
+    class Strikes(WindowAggregate):
+        def build(self) -> Operator:
+            return Struck(self)
+
+    lateness, data = sent
+    made = Strikes(
+        keys=("k",), spec=spec, aggregates=AGGREGATES, event_time="t", schema=SCHEMA, allowed_lateness_us=lateness,
+        emit="update", early_us=10, early_clock="processing",
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        out = run(made, data, way, delay=0, scratch=Path(folder))
+    assert last_of_each(rows(out.batches.get(MAIN, []))) == oracle(data, spec)
+
+
+def _at(operator: Operator, out: Any, now: float) -> list[tuple[int, int, int]]:
+    before = len(out.batches.get(MAIN, []))
+    operator.on_time(now)
+    return [(r["k"], us(r["window_start"]), r["n"]) for r in rows(out.batches.get(MAIN, [])[before:])]  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(("before", "after"), [(0, 50), (50, 0), (5, 50)])
