@@ -19,7 +19,7 @@ from rayflow.runtime.coordinator_loop import settings_of
 from rayflow.runtime.inprocess import World
 from rayflow.runtime.local import LocalDriver
 from rayflow.runtime.results import JobResult, collected, metrics_of
-from rayflow.runtime.stores import Start, open_stores
+from rayflow.runtime.stores import Start, open_stores, staging_of
 from rayflow.storage.snapshots import MEMORY_STATE_BYTES_MAX
 from rayflow.stream import Sink
 
@@ -149,7 +149,7 @@ class Flow:
             plan_for(parallelism or default_parallelism()),
             config,
             checkpoints,
-            run_id=new_run_id(),
+            submission=new_submission(),
             start=start,
             allow_other_flow=allow_other_flow,
             plan_for=plan_for,
@@ -192,7 +192,7 @@ def attach(name: str) -> Job:
     return attach(name)
 
 
-def new_run_id() -> str:
+def new_submission() -> str:
     return uuid.uuid4().hex[:12]
 
 
@@ -210,7 +210,14 @@ def run_local(
         plan, config, checkpoints, start=start, look=True, allow_other_flow=allow_other_flow
     )
     exactly_once = checkpoints is None or checkpoints.mode == "exactly_once"
-    spec = JobSpec(plan, config, exactly_once, new_run_id(), heartbeat_s=None)
+    spec = JobSpec(
+        plan,
+        config,
+        exactly_once,
+        new_submission(),
+        heartbeat_s=None,
+        staging=staging_of(plan, config, checkpoints),
+    )
     world = World(
         plan,
         spec,

@@ -44,7 +44,26 @@ class Incarnation:
     next_checkpoint: CheckpointId
     next_attempt: Attempt
     run_id: str
-    """Of the directory: the same for every coordinator that ever works on it."""
+    """What manifests are stamped with; see `life_of`."""
+
+    @property
+    def life(self) -> str:
+        """Of the directory: the same for every coordinator that ever works on it, and of no other directory."""
+        return life_of(self.run_id)
+
+
+def life_of(run_id: str) -> str:
+    """The directory's part of a run id, which is ``<origin>`` or ``<origin>.<life>``.
+
+    A job that begins with a savepoint of another directory keeps the origin, so that going back to what it has gone on
+    from is noticed, and has a life of its own, so that its output is not taken for that of the first (rule C8).
+    """
+    return run_id.rpartition(".")[2]
+
+
+def origin_of(run_id: str) -> str:
+    """Where the state comes from: the life of the directory in which it began; see `life_of`."""
+    return run_id.partition(".")[0]
 
 
 class CheckpointStore(CheckpointReader):
@@ -113,7 +132,8 @@ class CheckpointStore(CheckpointReader):
         """
         number = self._take_number()
         directory = self.survey()
-        self._run_id = manifest.run_id
+        origin, life = origin_of(manifest.run_id), self._life_here(directory)
+        self._run_id = origin if origin == life else f"{origin}.{life}"
         newest = directory.manifests[0] if directory.manifests else None
         self._decide(number, directory, newest, above=manifest.checkpoint)
         assert self._decision is not None
@@ -124,6 +144,7 @@ class CheckpointStore(CheckpointReader):
             kind=kind,
             attempt=Attempt(number * ATTEMPTS_AN_INCARNATION),
             incarnation=number,
+            run_id=self._run_id,
             version=FORMAT_VERSION,
         )
         self.commit(own)
@@ -178,6 +199,11 @@ class CheckpointStore(CheckpointReader):
         if manifest is not None:
             return manifest.run_id
         return next(filter(None, map(self._noted_run_id, reversed(directory.decisions))), "") or self._nonce()
+
+    def _life_here(self, directory: Directory) -> str:
+        """Of this directory, whatever is imported into it. Its manifests need not be readable for that."""
+        noted = next(filter(None, map(self._noted_run_id, reversed(directory.decisions))), "")
+        return life_of(noted) if noted else self._nonce()
 
     def _note(self) -> bytes:
         return _json({"run_id": self._run_id, "created_at": self._wall_time()})

@@ -7,6 +7,7 @@
     shared/00000042-<operator>-<subtask>.<file>.sst       the same for a file of a store on local disk
     coordinators/00000003.claim.json                      the third coordinator of this directory exists (rule C8)
     coordinators/00000003.restored-00000042.ids-00000101-00000201.json   what it decided (`rayflow.storage.fencing`)
+    staging/...                                           rows that sinks keep until they are committed; their own
     savepoints/...                                        the user's own; never deleted by rayflow
 
 Text of users (job, operator, state names) is quoted injectively: two different names never give one path, and no name
@@ -28,6 +29,7 @@ COORDINATORS = "coordinators/"
 CHECKPOINTS = "chk-"
 SHARED = "shared/"
 SAVEPOINTS = "savepoints/"
+STAGING = "staging"
 
 _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")
 _QUOTED_MAX = 100
@@ -83,6 +85,11 @@ def job_root(url: str, job: str) -> str:
     """The checkpoint directory of ``job`` below the configured ``url``."""
     base = url if url.endswith("://") else url.rstrip("/") + "/"
     return base + quote(job)
+
+
+def staging_url(url: str, job: str) -> str:
+    """Where the sinks of ``job`` may keep rows: beside its checkpoints, and never touched by retention."""
+    return f"{job_root(url, job)}/{STAGING}"
 
 
 def checkpoint_folder(checkpoint: int) -> str:

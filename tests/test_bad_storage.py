@@ -16,7 +16,7 @@ import pytest
 import rayflow as rf
 from rayflow.core.events import JobState
 from rayflow.errors import CorruptCheckpointError, JobFailedError, StorageError
-from rayflow.flow import new_run_id
+from rayflow.flow import new_submission
 from rayflow.operators.sinks import parquet
 from rayflow.runtime.assembly import JobSpec
 from rayflow.runtime.coordinator_loop import settings_of
@@ -326,7 +326,7 @@ def world_of(place: Place, stream: Stream) -> World:
     config, checkpoints = rf.JobConfig(), place.checkpoints
     plan = rf.Flow("job", stream.write_parquet(str(place.out))).plan(config=config)
     store, snapshots, _ = open_stores(plan, config, checkpoints, start="latest")
-    spec = JobSpec(plan, config, True, new_run_id(), heartbeat_s=None)
+    spec = JobSpec(plan, config, True, new_submission(), heartbeat_s=None)
     return World(plan, spec, settings_of(config, checkpoints), checkpoints=store, snapshots=snapshots, retain=2)
 
 

@@ -43,6 +43,7 @@ from rayflow.errors import ClusterError
 from rayflow.runtime.coordinator_loop import CoordinatorRuntime, settings_of
 from rayflow.runtime.failures import cause_of
 from rayflow.runtime.results import JobStatus, SubtaskInfo, metrics_of
+from rayflow.runtime.stores import staging_of
 from rayflow.storage.savepoints import savepoint_after
 from rayflow.storage.snapshots import MEMORY_STATE_BYTES_MAX
 
@@ -124,6 +125,7 @@ class CoordinatorProcess:
             retain=package.checkpoints.retain if package.checkpoints else 1,
             host=host,
             memory_bound=MEMORY_STATE_BYTES_MAX if in_memory else None,
+            staging=staging_of(package.plan, package.config, package.checkpoints),
         )
         host.pid_of = self._pid_here
         with warnings.catch_warnings():

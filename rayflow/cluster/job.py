@@ -50,7 +50,7 @@ def submit(
     config: JobConfig,
     checkpoints: CheckpointConfig | None,
     *,
-    run_id: str,
+    submission: str,
     start: Start = "latest",
     allow_other_flow: bool = False,
     plan_for: PlanFor | None = None,
@@ -67,11 +67,11 @@ def submit(
         checkpoints = replace(checkpoints, url=ObjectStore(checkpoints.url).url)
     if isinstance(start, str) and start not in ("latest", "fresh"):
         start = ObjectStore(start).url
-    package = JobPackage(plan, config, checkpoints, run_id, secrets.token_hex(32), start)
+    package = JobPackage(plan, config, checkpoints, submission, secrets.token_hex(32), start)
     packed = pack(package)
     open_stores(plan, config, checkpoints, start=start, look=True, allow_other_flow=allow_other_flow)
     replan = slices_of(pack_replan(plan_for, len(packed)))
-    name = f"{plan.name}:{run_id}"
+    name = f"{plan.name}:{submission}"
     actor = CoordinatorActor.options(name=name, namespace=NAMESPACE, lifetime="detached").remote(
         len(replan), *replan, *slices_of(packed)
     )
@@ -293,7 +293,7 @@ class Job:
                 plan,
                 package.config,
                 package.checkpoints,
-                run_id=secrets.token_hex(6),
+                submission=secrets.token_hex(6),
                 start=where,
                 plan_for=plan_for,
             )

@@ -17,7 +17,7 @@ from rayflow.config import CheckpointConfig, JobConfig, duration_us
 from rayflow.errors import ClusterError, PlanError
 from rayflow.plan import Plan
 from rayflow.runtime.assembly import JobSpec
-from rayflow.runtime.stores import Start, open_stores
+from rayflow.runtime.stores import Start, open_stores, staging_of
 from rayflow.storage.checkpoints import CheckpointStore
 from rayflow.storage.snapshots import SnapshotStore
 
@@ -38,7 +38,8 @@ class JobPackage:
     plan: Plan
     config: JobConfig
     checkpoints: CheckpointConfig | None
-    run_id: str
+    submission: str
+    """Tells the starts of a job apart; part of the name by which the cluster knows it."""
     token: str
     start: Start = "latest"
     """Where a job with ``state="memory"`` begins; that of others stands in their directory before they start."""
@@ -53,7 +54,10 @@ class JobPackage:
         # Several signs of life within the time after which a silent subtask counts as hung, or healthy ones are killed.
         hang_timeout_s = duration_us(self.config.hang_timeout) / 1e6
         heartbeat_s = min(HEARTBEAT_S_MAX, hang_timeout_s / 4)
-        return JobSpec(self.plan, self.config, exactly_once, self.run_id, heartbeat_s, threads=True)
+        staging = staging_of(self.plan, self.config, self.checkpoints)
+        return JobSpec(
+            self.plan, self.config, exactly_once, self.submission, heartbeat_s, threads=True, staging=staging
+        )
 
     def open_stores(self, *, begin: bool = False) -> tuple[CheckpointStore, SnapshotStore, bool]:
         """With ``begin``, for the coordinator: what the job starts from is in the checkpoint store."""

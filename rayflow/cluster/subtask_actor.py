@@ -39,7 +39,7 @@ class RayHost:
     def __init__(
         self, spec: JobSpec, token: str, inbox: Inbox[SubtaskEvent], report: Callable[[ReportEnvelope], None]
     ) -> None:
-        self._job = f"{spec.plan.name}/{spec.run_id}"
+        self._job = f"{spec.plan.name}/{spec.submission}"
         self._token = token
         self._inbox = inbox
         self._report = report

@@ -107,6 +107,8 @@ class Recovered:
     next_attempt: Attempt
     discovered: tuple[SplitState, ...]
     """Splits to read when there is no manifest; otherwise splits that are new since."""
+    run_id: str = ""
+    """Goes to the subtasks; see `Launch.run_id`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -192,11 +192,12 @@ class Failover:
         self.launched = attempt
         states = states_for(self.manifest, self._topology)
         restored_from = None if self.manifest is None else self.manifest.checkpoint
+        run_id = "" if self._recovered is None else self._recovered.run_id
         for member in self._roster:
             member.state = SubtaskState.LAUNCHING
             member.last_seen = now
             addresses = self._addresses(member.subtask)
-            self._roster.send(member.subtask, Launch(addresses, states[member.subtask], restored_from))
+            self._roster.send(member.subtask, Launch(addresses, states[member.subtask], restored_from, run_id))
         self._note(LAUNCHED, f"attempt {attempt}", now)
 
     def _addresses(self, subtask: SubtaskId) -> dict[SubtaskId, str]:

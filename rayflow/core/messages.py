@@ -76,6 +76,8 @@ class Launch:
     addresses: dict[SubtaskId, str]
     states: tuple[StateHandle, ...] = ()
     restored_from: CheckpointId | None = None
+    run_id: str = ""
+    """Of the job's life on its checkpoint directory: the same after every restart (`CommitterContext.run_id`)."""
 
 
 @dataclass(frozen=True, slots=True)

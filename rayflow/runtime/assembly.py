@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +11,16 @@ from rayflow.core.ids import Attempt, ChannelId, SubtaskId
 from rayflow.core.keygroups import key_group_range
 from rayflow.core.manifest import StateHandle
 from rayflow.core.restore import clip
-from rayflow.operators.base import ColdStore, Committer, OperatorContext, RestoredState, StateBackend
-from rayflow.plan import Plan, PlannedOperator
+from rayflow.operators.base import (
+    ColdStore,
+    Committer,
+    CommitterContext,
+    OperatorContext,
+    RestoredState,
+    Staging,
+    StateBackend,
+)
+from rayflow.plan import Chain, Plan
 from rayflow.runtime.chain import ChainRunner
 from rayflow.runtime.emitter import Emitter, Offer, partitioner_of
 from rayflow.runtime.ports import SnapshotStore
@@ -29,10 +37,12 @@ class JobSpec:
     plan: Plan
     config: JobConfig
     exactly_once: bool
-    run_id: str
+    submission: str
+    """Names the processes and channels of this start of the job; committers and operators go by `Launch.run_id`."""
     heartbeat_s: float | None = 1.0
     threads: bool = False
     """See `OperatorContext.threads`."""
+    staging: Staging | None = None
 
 
 def inputs_of(plan: Plan, subtask: SubtaskId) -> list[ChannelId]:
@@ -43,10 +53,20 @@ def outputs_of(plan: Plan, subtask: SubtaskId) -> list[ChannelId]:
     return [c for edge in plan.edges_from(subtask.chain) for c in plan.channels(edge) if c.source == subtask]
 
 
-def committers_of(operators: Iterable[PlannedOperator]) -> dict[str, Committer]:
-    """Committers by operator id, of those sinks that need one."""
-    made = {o.id: o.factory.committer() for o in operators if o.is_sink}
-    return {operator: committer for operator, committer in made.items() if committer is not None}
+def committers_of(
+    plan: Plan, chains: Collection[Chain], *, run_id: str, staging: Staging | None
+) -> dict[str, Committer]:
+    """New committers by operator id, opened, of those sinks in ``chains`` that need one. Raises what opening raises."""
+    made: dict[str, Committer] = {}
+    for chain in chains:
+        for operator in chain.operators:
+            committer = operator.factory.committer() if operator.is_sink else None
+            if committer is not None:
+                committer.open(
+                    CommitterContext(plan.name, run_id, operator.id, operator.title, chain.parallelism, staging)
+                )
+                made[operator.id] = committer
+    return made
 
 
 def _open_rocks(folder: Path, ctx: OperatorContext) -> ColdStore:
@@ -64,12 +84,14 @@ class Parts:
         subtask: SubtaskId,
         attempt: Attempt,
         *,
+        run_id: str,
         now: Callable[[], float],
         wall_time: Callable[[], float],
     ) -> None:
         self._spec = spec
         self._subtask = subtask
         self._attempt = attempt
+        self._run_id = run_id
         self._now = now
         self._wall_time = wall_time
         self._plan = spec.plan.chain(subtask.chain)
@@ -84,7 +106,7 @@ class Parts:
     def context(self, operator: str, title: str) -> OperatorContext:
         return OperatorContext(
             job=self._spec.plan.name,
-            run_id=self._spec.run_id,
+            run_id=self._run_id,
             operator=operator,
             step=title,
             subtask=self._subtask.index,
@@ -95,6 +117,7 @@ class Parts:
             now=self._now,
             wall_time=self._wall_time,
             backend=self._backend,
+            staging=self._spec.staging,
             threads=self._spec.threads,
         )
 
@@ -107,7 +130,8 @@ class Parts:
     def uploads(self, store: SnapshotStore, restored: Sequence[StateHandle] = ()) -> Uploads:
         """``restored``: what this attempt begins with; the pieces in it need not be written again."""
         own = [clip(h, self.key_groups, self._spec.plan.max_parallelism) for h in restored if not self._is_dealt(h)]
-        return Uploads(self._subtask, self._plan.parallelism, store, committers_of(self._plan.operators), own)
+        committers = committers_of(self._spec.plan, (self._plan,), run_id=self._run_id, staging=self._spec.staging)
+        return Uploads(self._subtask, self._plan.parallelism, store, committers, own)
 
     def _is_dealt(self, handle: StateHandle) -> bool:
         """Whether this subtask gets only some of the rows of state without keys."""

@@ -40,6 +40,7 @@ from rayflow.core.ids import Attempt, CheckpointId, SubtaskId
 from rayflow.core.manifest import Manifest, SplitState, SubtaskSnapshot
 from rayflow.core.messages import CommandEnvelope, FailureCause
 from rayflow.errors import CorruptCheckpointError, DataError, FencedError, StateTooLargeError, StorageError
+from rayflow.operators.base import Committer, Staging
 from rayflow.plan import Plan
 from rayflow.runtime.assembly import committers_of
 from rayflow.runtime.failures import cause_of
@@ -110,6 +111,7 @@ class CoordinatorRuntime:
         retain: int,
         host: CoordinatorHost,
         memory_bound: int | None = None,
+        staging: Staging | None = None,
     ) -> None:
         self.machine = CoordinatorMachine(plan.topology(), settings)
         self.outcome = Outcome()
@@ -120,7 +122,9 @@ class CoordinatorRuntime:
         self._memory_bound = memory_bound
         self._incarnation: Incarnation | None = None
         self._discovered: dict[str, tuple[SplitState, ...]] = {}
-        self._committers = committers_of(plan.sinks().values())
+        self._staging = staging
+        self._committers: dict[str, Committer] | None = None
+        """Opened once it is known for whom: when the directory has been claimed."""
         self._operators = {o.id: o.title for o in plan.operators().values() if o.stateful}
         self.checkpoint_figures = dict.fromkeys(CHECKPOINT_FIGURES, 0.0)
         """Over all checkpoints that were acknowledged by everybody; see `CHECKPOINT_FIGURES`."""
@@ -199,6 +203,8 @@ class CoordinatorRuntime:
         else:
             self._incarnation = self._store.latest(self._incarnation, unresolved)
         found = self._incarnation
+        if self._committers is None:
+            self._committers = committers_of(self._plan, self._plan.chains, run_id=found.life, staging=self._staging)
         if found.manifest is not None:
             self.outcome.manifest = found.manifest
         # A source that the checkpoint has not seen is new in the flow, and is read from its beginning.
@@ -206,7 +212,7 @@ class CoordinatorRuntime:
         discovered = tuple(
             split for name in self._plan.sources() if name not in known for split in self._splits_of(name)
         )
-        return Recovered(found.manifest, found.next_checkpoint, found.next_attempt, discovered)
+        return Recovered(found.manifest, found.next_checkpoint, found.next_attempt, discovered, found.life)
 
     def _splits_of(self, source: str) -> tuple[SplitState, ...]:
         """What it discovers, asked once."""
@@ -222,7 +228,7 @@ class CoordinatorRuntime:
             try:
                 # Recovery removes what was prepared and is not named; that of a later run is not ours to remove.
                 self._store.check_owner()
-                for operator, committer in self._committers.items():
+                for operator, committer in (self._committers or {}).items():
                     payloads = () if manifest is None else manifest.committables(operator)
                     committer.recover(payloads, fresh=manifest is None)
             except Exception as error:
@@ -280,7 +286,7 @@ class CoordinatorRuntime:
             try:
                 if manifest_complete:
                     if outcome is JobState.FINISHED:
-                        for committer in self._committers.values():
+                        for committer in (self._committers or {}).values():
                             committer.finish()
                     self._store.sweep(self._retain)
             except Exception as error:

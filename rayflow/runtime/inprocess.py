@@ -106,6 +106,7 @@ class World:
             retain=self._retain,
             host=CoordinatorSide(self),
             memory_bound=self._memory_bound,
+            staging=self._spec.staging,
         )
 
     # ------------------------------------------------------------------------------- what travels (simulators override)

@@ -8,11 +8,12 @@ from typing import Any
 from rayflow.config import CheckpointConfig, JobConfig
 from rayflow.core.ids import CheckpointId
 from rayflow.errors import ConfigError
+from rayflow.operators.base import Staging
 from rayflow.plan import Plan
 from rayflow.runtime.restoring import RestorePlan, plan_restore
-from rayflow.storage.checkpoints import CheckpointStore
+from rayflow.storage.checkpoints import CheckpointStore, origin_of
 from rayflow.storage.filesystem import ObjectStore
-from rayflow.storage.layout import COORDINATORS, job_root
+from rayflow.storage.layout import COORDINATORS, job_root, staging_url
 from rayflow.storage.savepoints import IMPORTED, Savepoint, job_of, open_savepoint
 from rayflow.storage.snapshots import SnapshotStore
 from rayflow.storage.store import MemoryStore, Store
@@ -74,6 +75,15 @@ def open_stores(
     return found, snapshots, in_memory
 
 
+def staging_of(plan: Plan, config: JobConfig, checkpoints: CheckpointConfig | None) -> Staging | None:
+    """Where sinks may keep rows; None where checkpoints do not outlive the processes either."""
+    if checkpoints is None or config.state == "memory":
+        return None
+    return Staging(
+        ObjectStore(staging_url(checkpoints.url, plan.name)).url.rstrip("/"), dict(checkpoints.storage_options)
+    )
+
+
 def begin_with(url: str, plan: Plan, store: Store, options: Mapping[str, Any], *, allow_other_flow: bool) -> None:
     """Make the savepoint at ``url`` the newest checkpoint of the job whose directory ``store`` is.
 
@@ -89,8 +99,8 @@ def begin_with(url: str, plan: Plan, store: Store, options: Mapping[str, Any], *
     checkpoints = CheckpointStore(store, plan.name)
     newest, taken = checkpoints.newest(), savepoint.manifest
     same_run = (
-        newest is not None and newest.kind != IMPORTED and newest.run_id == taken.run_id
-    )  # imports keep the run id
+        newest is not None and newest.kind != IMPORTED and origin_of(newest.run_id) == origin_of(taken.run_id)
+    )  # imports keep the origin
     if newest is not None and same_run and newest.checkpoint > taken.checkpoint:
         raise ConfigError(
             f"cannot start from {url}: job {plan.name!r} has gone on from there to checkpoint {newest.checkpoint} in "

@@ -247,7 +247,14 @@ class SubtaskRuntime:
             raise ProtocolError(f"{self.subtask} was launched while {self.phase.value}")
         self._restored_from = launch.restored_from
         began, read = self._host.now(), self._store.bytes_read
-        parts = Parts(self._spec, self.subtask, self.attempt, now=self._host.now, wall_time=self._host.wall_time)
+        parts = Parts(
+            self._spec,
+            self.subtask,
+            self.attempt,
+            run_id=launch.run_id,
+            now=self._host.now,
+            wall_time=self._host.wall_time,
+        )
         self._scratch = parts.scratch
         self._uploads = parts.uploads(self._store, launch.states)
         self._emitter = parts.emitter(self._offer)

@@ -195,7 +195,9 @@ class Job:
         handles = states_for(restored, topology)
         self.subtasks = [SubtaskId(chain, i) for i in range(parallelism)]
         self.parallelism = {c.id: c.parallelism for c in self.plan.chains}
-        self.parts = [Parts(spec, s, Attempt(1), now=lambda: 0.0, wall_time=lambda: 0.0) for s in self.subtasks]
+        self.parts = [
+            Parts(spec, s, Attempt(1), run_id="run", now=lambda: 0.0, wall_time=lambda: 0.0) for s in self.subtasks
+        ]
         self.restored = [p.states(handles[s], self.store) for p, s in zip(self.parts, self.subtasks, strict=True)]
         self.uploads = [p.uploads(self.store, handles[s]) for p, s in zip(self.parts, self.subtasks, strict=True)]
 
@@ -353,7 +355,7 @@ def test_the_back_end_of_a_job_gives_folders_that_go_with_the_attempt(tmp_path: 
     job = Job(MemoryStore(), 1, None)
     config = rf.JobConfig(state="rocksdb", local_dir=str(tmp_path), state_memory_bytes=1 << 20)
     spec = JobSpec(job.plan, config, True, "run")
-    parts = Parts(spec, job.subtasks[0], Attempt(7), now=lambda: 0.0, wall_time=lambda: 0.0)
+    parts = Parts(spec, job.subtasks[0], Attempt(7), run_id="run", now=lambda: 0.0, wall_time=lambda: 0.0)
     backend = parts.context(job.operator, "counts").backend
     assert (backend.kind, backend.memory_bytes) == ("rocksdb", 1 << 20)
     assert backend.scratch is not None

@@ -117,7 +117,7 @@ def make_world(
         plan=scenario.plan,
         config=scenario.config,
         exactly_once=scenario.mode == "exactly_once",
-        run_id="sim",
+        submission="sim",
         heartbeat_s=scenario.heartbeat_s,
     )
     return SimWorld(

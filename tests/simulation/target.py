@@ -113,7 +113,7 @@ class FakeSink:
         return FakeCommitter(self.target)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class FakeCommitter(Committer):
     target: Target
 

@@ -9,7 +9,7 @@ import pytest
 from rayflow.core.ids import Attempt, CheckpointId, SubtaskId
 from rayflow.core.manifest import FileRef, Manifest, StateHandle, SubtaskSnapshot
 from rayflow.errors import FencedError
-from rayflow.storage.checkpoints import CheckpointStore, Incarnation
+from rayflow.storage.checkpoints import CheckpointStore, Incarnation, origin_of
 from rayflow.storage.store import MemoryStore, PutOutcome
 
 ELSEWHERE = Manifest(
@@ -99,3 +99,29 @@ def test_what_the_import_names_elsewhere_is_never_deleted_here() -> None:
     store.sweep(1)
     assert [info.checkpoint for info in store.list()] == [life.next_checkpoint + 2]
     assert memory.exists("state/x.arrow")
+
+
+def test_what_begins_elsewhere_keeps_its_origin_and_has_a_life_of_its_own() -> None:
+    """Or its output would be taken for that of the job that goes on from the same checkpoint."""
+    first = CheckpointStore(MemoryStore(), "job", nonce=lambda: "first").claim()
+    assert (first.run_id, first.life) == ("first", "first")
+    second, nonces = MemoryStore(), iter(["a", "second", "b", "c"])
+    taken = replace(ELSEWHERE, run_id="first")
+    CheckpointStore(second, "job", nonce=lambda: next(nonces)).adopt(taken, "import")
+    again = CheckpointStore(second, "job").claim()
+    assert (again.run_id, again.life) == ("first.second", "second")
+    third = MemoryStore()
+    CheckpointStore(third, "job").adopt(replace(ELSEWHERE, run_id=again.run_id), "import")
+    found = CheckpointStore(third, "job").claim()
+    assert origin_of(found.run_id) == "first"
+    assert found.life not in ("first", "second")
+
+
+def test_a_directory_has_one_life_whatever_it_imports() -> None:
+    memory = MemoryStore()
+    own = CheckpointStore(memory, "job", nonce=lambda: "own").claim()
+    assert own.life == "own"
+    CheckpointStore(memory, "job").adopt(replace(ELSEWHERE, run_id="other"), "import")
+    assert CheckpointStore(memory, "job").claim().run_id == "other.own"
+    CheckpointStore(memory, "job").adopt(replace(ELSEWHERE, run_id="own"), "import")
+    assert CheckpointStore(memory, "job").claim().run_id == "own", "its own savepoint, at another parallelism"

@@ -1,0 +1,98 @@
+"""For whom committers work: the same in the coordinator and in the subtasks, in every life of the job (C8)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+import rayflow as rf
+from rayflow.core.ids import CheckpointId
+from rayflow.graph import Node
+from rayflow.operators.base import Committer, CommitterContext, FrozenState, OperatorContext, SinkOperator
+from rayflow.stream import Sink
+
+Said = list[tuple[str, Any]]
+
+
+@dataclass(eq=False)
+class Keeping(Committer):
+    said: Said
+
+    def open(self, ctx: CommitterContext) -> None:
+        super().open(ctx)
+        self.said.append(("open", ctx))
+
+    def commit(self, committables: Sequence[Any]) -> None:
+        self.said.append(("commit", self.ctx))
+
+    def recover(self, committables: Sequence[Any], *, fresh: bool) -> None:
+        self.said.append(("recover", self.ctx))
+
+
+class KeepingSink(SinkOperator):
+    def __init__(self, said: Said) -> None:
+        self.said = said
+
+    def process(self, batch: pa.RecordBatch, input_index: int) -> None:
+        self.said.append(("context", self.ctx))
+
+    def snapshot(self, checkpoint: CheckpointId) -> FrozenState | None:
+        return FrozenState(prepare=lambda: [int(checkpoint)])
+
+
+@dataclass(frozen=True, eq=False)
+class KeepingFactory:
+    said: Said = field(default_factory=list)
+    stateful = False
+
+    def build(self) -> SinkOperator:
+        return KeepingSink(self.said)
+
+    def committer(self) -> Committer:
+        return Keeping(self.said)
+
+
+def run(where: Path | None, **options: Any) -> Said:
+    factory = KeepingFactory()
+    node = Node("write", operator=factory, inputs=(rf.from_arrow(pa.table({"v": [1]}))._input(),), name="out")
+    checkpoints = None if where is None else rf.CheckpointConfig(str(where), storage_options={"auto_mkdir": True})
+    rf.Flow("f", Sink(node)).run(local=True, checkpoints=checkpoints, **options)
+    return factory.said
+
+
+def contexts(said: Said) -> list[CommitterContext]:
+    return [ctx for _, ctx in said if isinstance(ctx, CommitterContext)]
+
+
+def test_coordinator_and_subtasks_open_their_own_with_the_same_context(tmp_path: Path) -> None:
+    said = run(tmp_path)
+    assert [what for what, _ in said if what != "context"] == ["open", "recover", "open", "commit"]
+    (ctx,) = set(map(str, contexts(said)))
+    assert ctx == "step 'out'"
+    first = contexts(said)[0]
+    assert all(other == first for other in contexts(said))
+    assert (first.job, first.operator, first.parallelism) == ("f", "out", 1)
+    assert first.staging is not None
+    assert first.staging.url == f"{tmp_path}/f/staging"
+    assert first.staging.storage_options == {"auto_mkdir": True}
+    (operator,) = [ctx for what, ctx in said if what == "context" and isinstance(ctx, OperatorContext)]
+    assert (operator.run_id, operator.staging) == (first.run_id, first.staging)
+
+
+def test_the_run_id_is_that_of_the_directory(tmp_path: Path) -> None:
+    first, again = (contexts(run(tmp_path / "one"))[0] for _ in range(2))
+    other = contexts(run(tmp_path / "other"))[0]
+    assert first.run_id == again.run_id != other.run_id
+    copied = tmp_path / "one" / "f" / "chk-00000001"
+    moved = contexts(run(tmp_path / "moved", start=str(copied)))[0]
+    assert moved.run_id not in (first.run_id, other.run_id), "or it would be taken for the first one"
+
+
+def test_without_a_place_there_is_no_staging() -> None:
+    found = contexts(run(None))[0]
+    assert found.staging is None
+    assert found.run_id
