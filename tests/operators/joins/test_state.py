@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +13,11 @@ import pytest
 from rayflow.core.ids import MIN_WATERMARK, CheckpointId
 from rayflow.errors import DataError, SchemaChangedError, StateSchemaError
 from rayflow.operators.base import Collected, FrozenState, Operator
+from rayflow.operators.joins import buffer as buffer_module
 from rayflow.operators.joins.asof import AsofJoin
+from rayflow.operators.joins.buffer import Buffer
 from rayflow.operators.joins.interval import IntervalJoin
+from rayflow.operators.joins.kernels import SortedRows, merged, sort_rows
 from rayflow.operators.joins.operator import Join
 from rayflow.operators.joins.window import WindowJoin
 from rayflow.operators.windows import Tumbling
@@ -193,3 +197,28 @@ def _table(out: Collected) -> pa.Table:
     found = out.table()
     assert found is not None
     return found
+
+
+def test_a_row_that_is_kept_for_ever_is_copied_by_few_merges_and_found_in_few_runs(monkeypatch: Any) -> None:
+    copied: list[int] = []
+
+    def counting(parts: Sequence[SortedRows]) -> SortedRows:
+        copied.append(sum(len(part) for part in parts))
+        return merged(parts)
+
+    monkeypatch.setattr(buffer_module, "merged", counting)
+    monkeypatch.setattr(buffer_module, "SMALL_RUN_BYTES", 16_000)
+    buffer, rows = Buffer(), 2_000
+    for number in range(100):
+        batch = pa.record_batch({"k": np.arange(rows) % 7, "v": np.full(rows, number)})
+        buffer.append(sort_rows(batch, ["k"], np.zeros(rows, np.int64)))
+    assert buffer.rows == 100 * rows
+    assert len(buffer.runs) <= 2 * (buffer_module.FAN_IN - 1)
+    assert sum(copied) <= 2 * 100 * rows  # merged in pairs: five times
+
+
+def test_small_runs_and_large_ones_between_each_other_stay_few() -> None:
+    buffer, rng = Buffer(), np.random.default_rng(1)
+    for rows in rng.choice([1, 10, 3_000, 200_000], 300, p=[0.5, 0.3, 0.15, 0.05]).tolist():
+        buffer.append(sort_rows(pa.record_batch({"k": np.zeros(rows, np.int64)}), ["k"], np.zeros(rows, np.int64)))
+    assert len(buffer.runs) <= 40
