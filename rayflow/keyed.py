@@ -48,8 +48,9 @@ class KeyedStream(Stream):
         is updated depends on how the stream is cut, what the last one says does not. ``early=rf.every("10s",
         clock="processing")``: so often by the clock of the machine, for windows that have changed since.
 
-        Sessions and count windows take none of these. Raises `PlanError` when the stream has no event time,
-        which only `rf.count_window` does without.
+        Late rows may join sessions: those that were told and are no more are told again with a true ``retracted``, a
+        column that `rf.session` with ``update`` adds. Sessions take no ``early``, count windows none of these. Raises
+        `PlanError` when the stream has no event time, which only `rf.count_window` does without.
         """
         from rayflow.windowed import window
 

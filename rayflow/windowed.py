@@ -55,8 +55,12 @@ def window(
         if trigger is not None and trigger.rows is not None:
             raise PlanError(f'early= is a period such as "10s" or rf.every("10s", clock="processing"), got {trigger}')
         check_emit(emit, early_us)
-        if isinstance(spec, Session | CountWindow) and options != Options():
+        if isinstance(spec, CountWindow) and options != Options():
             raise PlanError(f"{spec} gives one result each: leave allowed_lateness, emit and early out")
+        if isinstance(spec, Session) and early is not None:
+            raise PlanError(
+                f"{spec} has no early results: it is not known where an open session will begin; leave early out"
+            )
     except PlanError as error:
         raise PlanError(f"step 'window' ({caller_location()}): {error}") from error
     return WindowedStream(keyed, spec, options)
@@ -111,7 +115,8 @@ class WindowedStream:
         factories: dict[str, Any]
         try:
             if isinstance(self._spec, Session):
-                factories = {"operator": SessionAggregate(**what)}
+                lateness, emit = self._options.allowed_lateness_us, self._options.emit
+                factories = {"operator": SessionAggregate(**what, allowed_lateness_us=lateness, emit=emit)}
             elif isinstance(self._spec, CountWindow):
                 factories = {"operator": CountAggregate(**what)}
             else:

@@ -139,13 +139,20 @@ def test_options_that_do_not_go_together_are_refused(events: pa.Table) -> None:
         stream.window(rf.tumbling("10s"), early="1s")
     with pytest.raises(rf.PlanError, match="early= is a period.*every 5 rows"):
         stream.window(rf.tumbling("10s"), emit="update", early=rf.every(rows=5))
-    for wrong in ({}, {"period": "1s", "rows": 1}, {"rows": 0}, {"rows": 3, "clock": "processing"}, {"period": "0s"}):
+    options: list[dict[str, Any]] = [
+        {}, {"period": "1s", "rows": 1}, {"rows": 0}, {"rows": 3, "clock": "processing"}, {"period": "0s"},
+    ]  # fmt: skip
+    for wrong in options:
         with pytest.raises(rf.ConfigError, match="every"):
-            rf.every(**wrong)  # type: ignore[arg-type]
+            rf.every(**wrong)
     with pytest.raises(rf.ConfigError, match="clock"):
         rf.every("1s", clock="wall")  # type: ignore[arg-type]
-    with pytest.raises(rf.PlanError, match="session gap 0:00:10 gives one result"):
-        stream.window(rf.session(gap="10s"), allowed_lateness="1s")
+    with pytest.raises(rf.PlanError, match="session gap 0:00:10 has no early results"):
+        stream.window(rf.session(gap="10s"), emit="update", early="1s")
+    with pytest.raises(rf.PlanError, match="count 3 gives one result"):
+        stream.window(rf.count_window(3), allowed_lateness="1s")
+    with pytest.raises(rf.PlanError, match=r"more than one column named \['retracted'\]"):
+        stream.window(rf.session(gap="10s"), emit="update").agg(retracted=rf.count())
     with pytest.raises(rf.PlanError, match="top gives rows when the window closes"):
         stream.window(rf.tumbling("10s"), emit="update").top(1, by="v")
     with pytest.raises(rf.ConfigError, match="allowed_lateness"):
@@ -162,6 +169,23 @@ def test_early_results_by_the_clock(events: pa.Table) -> None:
     right = ran(keyed(events).window(rf.tumbling("10s")).agg(n=rf.count(), total=rf.sum("v")), parallelism=1)
     told = ran(counted, parallelism=2)
     assert sorted({row[:3]: row for row in told}.values()) == right
+
+
+@pytest.mark.parametrize("parallelism", [1, 2])
+def test_late_rows_that_are_allowed_change_sessions(events: pa.Table, parallelism: int) -> None:
+    mixed = events.take(sorted(range(ROWS), key=lambda i: i + i * 7919 % 25))
+    late = rf.from_arrow(mixed, batch_rows=20, event_time="t", max_delay="0s").key_by("k")
+    right = ran(keyed(events).window(rf.session(gap="1s")).agg(n=rf.count(), total=rf.sum("v")), parallelism=1)
+    final = late.window(rf.session(gap="1s"), allowed_lateness="30s").agg(n=rf.count(), total=rf.sum("v"))
+    assert ran(final, parallelism=parallelism) == right
+    updated = late.window(rf.session(gap="1s"), allowed_lateness="30s", emit="update")
+    flow = rf.Flow("f", updated.agg(n=rf.count(), total=rf.sum("v")).collect())
+    assert "session gap 0:00:01, late by 0:00:30, updates by k" in flow.explain()
+    config = rf.JobConfig(batch_rows=64, watermark_interval="1ms")
+    told = flow.run(local=True, parallelism=parallelism, config=config).table().to_pylist()
+    last = {(row["k"], row["window_start"]): tuple(row.values()) for row in told}
+    assert sorted(row[:-1] for row in last.values() if not row[-1]) == right
+    assert any(row["retracted"] for row in told)
 
 
 @pytest.mark.parametrize("parallelism", [1, 2])

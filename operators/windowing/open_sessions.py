@@ -1,12 +1,14 @@
-"""Which sessions of a key are open: a way from keys to rows of the session table that is fast where a key has one.
+"""Which sessions of a key are open, and which of all begins first.
 
-Derived from the table, in memory, not in checkpoints. Keys that have had several sessions at a time are looked up by
+Both are derived from the table of sessions, in memory, not in checkpoints. From keys to rows of the table the way is
+fast where a key has one session. Keys that have had several sessions at a time are looked up by
 prefix, until there is one left and it was seen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +17,10 @@ from rayflow.operators.grouping import Int64Array
 from rayflow.operators.state.columns import grown
 from rayflow.operators.state.index import KeyIndex
 from rayflow.operators.state.table import StateTable
+from rayflow.operators.state.timers import TimerQueue
+
+LOOKED_UP: Final = 1_024
+"""Sessions that are looked up at once when the first open one is wanted."""
 
 
 class OpenSessions:
@@ -71,4 +77,38 @@ class OpenSessions:
         return pa.concat_batches([found, more])
 
 
-__all__ = ["OpenSessions"]
+class SessionStarts:
+    """All that is put into the table is to be told."""
+
+    def __init__(self, table: StateTable, gap_us: int) -> None:
+        self._table = table
+        self._gap_us = gap_us
+        self._starts = TimerQueue(table.keys)
+        """Start of every session that was ever open, but for those in `_first`, which begin before them."""
+        self._first = pa.RecordBatch.from_pylist([], schema=table.keys)
+        """Sessions in order of their start; those that have gone are passed over from the front."""
+
+    def added(self, starts: Int64Array, keys: pa.RecordBatch) -> None:
+        """New rows; ``keys`` are their keys and starts."""
+        self._starts.add(starts, keys)
+
+    def first(self, kept: int) -> int | None:
+        """The start of the first open session if that is behind ``kept``; else any time that is not before it. What is
+        added later begins at ``kept`` or behind, or in an open session."""
+        while True:
+            while self._first.num_rows:
+                some = self._first.slice(0, LOOKED_UP)
+                is_open = np.flatnonzero(self._table.slots(some.columns, insert=False) >= 0)
+                if len(is_open):
+                    self._first = self._first.slice(int(is_open[0]))
+                    return int(self._first.column(len(self._table.keys) - 1).view(pa.int64())[0].as_py())
+                self._first = self._first.slice(some.num_rows)
+            first = self._starts.first()
+            if first is None or first >= kept:
+                return first
+            taken = self._starts.take(min(first + self._gap_us, kept - 1))
+            assert taken is not None
+            self._first = taken[1]
+
+
+__all__ = ["OpenSessions", "SessionStarts"]

@@ -11,6 +11,11 @@ session is complete when the watermark has reached its end.
 A row behind the watermark joins the open session of its key that it lies in, if there is one; else it is late, because
 a session that it would begin or extend to the front might have fired already. So sessions that begin behind the
 watermark began before it came there, and those that have fired are never overlapped.
+
+With allowed lateness the watermark of all this is behind the true one by that much. With ``update`` sessions that have
+ended by the true one, which are those that have been told, stay until then. What a late row makes of them is told at
+once if it has ended too; sessions that have been told and are no more, because they have become part of one with
+another start or of one that goes on, are told once more as ``retracted``.
 """
 
 from __future__ import annotations
@@ -36,7 +41,8 @@ from rayflow.operators.preaggregate import WINDOW_START, Preaggregation, check_n
 from rayflow.operators.state.distinct import distinct, index_in
 from rayflow.operators.state.table import StateTable
 from rayflow.operators.state.timers import TimerQueue
-from rayflow.operators.windowing.open_sessions import OpenSessions
+from rayflow.operators.windowing.open_sessions import OpenSessions, SessionStarts
+from rayflow.operators.windowing.progress import Emit, Progress, check_emit
 from rayflow.operators.windowing.session import Session, Sessions
 from rayflow.operators.windows import LATE, OUTPUT_ROWS
 
@@ -46,8 +52,8 @@ PROGRESS: Final = "progress"
 
 LAST: Final = "__last"
 """Aggregate of every session: its latest event time."""
-LOOKED_UP: Final = 1_024
-"""Sessions that are looked up at once when the first open one is wanted."""
+RETRACTED: Final = "retracted"
+"""Column of results with ``update``: true where there is no such session any more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -55,8 +61,8 @@ class SessionAggregate:
     """Factory: aggregates by key and session.
 
     Schema in: rows with the keys and the event time column. Schema out: keys, window_start and window_end
-    (timestamp[us] in the zone of the event time), then one column an aggregate. Side output "late": the late rows as
-    they came.
+    (timestamp[us] in the zone of the event time), then one column an aggregate; with ``update`` also `RETRACTED`. Side
+    output "late": the late rows as they came.
     """
 
     keys: tuple[str, ...]
@@ -65,13 +71,17 @@ class SessionAggregate:
     event_time: str
     on_error: OnNullTime = "fail"
     batch_rows: int = OUTPUT_ROWS
+    allowed_lateness_us: int = 0
+    emit: Emit = "final"
+    """See `rayflow.operators.windowing.progress`."""
 
     migrates_state: ClassVar[bool] = False
     """An aggregate that is new would know the rows of open sessions in part only."""
 
     def __post_init__(self) -> None:
         check_names(self.keys, self.aggregates)
-        check_names((*self.keys, LAST), self.aggregates)
+        check_names((*self.keys, LAST, *([RETRACTED] if self.emit == "update" else [])), self.aggregates)
+        check_emit(self.emit, None)
 
     @property
     def stateful(self) -> bool:
@@ -86,7 +96,8 @@ class SessionAggregate:
         if schema is None:
             return None
         output = self.plan(schema).output_schema
-        return output.remove(output.get_field_index(LAST))
+        output = output.remove(output.get_field_index(LAST))
+        return output.append(pa.field(RETRACTED, pa.bool_())) if self.emit == "update" else output
 
     def state_schemas(self, schema: pa.Schema | None) -> Mapping[str, pa.Schema] | None:
         return None if schema is None else {STATE: self.plan(schema).schema}
@@ -114,7 +125,11 @@ class SessionOperator(KeyedOperator):
         super().__init__(factory.keys)
         self._factory = factory
         self._gap = factory.spec.gap_us
-        self._watermark = MIN_WATERMARK
+        self._progress = Progress(factory.allowed_lateness_us, factory.emit)
+        self._updates = factory.emit == "update"
+        self._forgotten = MIN_WATERMARK
+        """Of sessions restored those that end behind this and before what is kept have been told, by updates that
+        there are no more."""
         self._passed_on = MIN_WATERMARK
         self.late_rows = 0
         """Rows that were late; part of the snapshot."""
@@ -146,12 +161,18 @@ class SessionOperator(KeyedOperator):
         self._open = OpenSessions(self._table)
         self._queue = TimerQueue(pa.schema(whole[:at]))
         """End of every session that was ever open: those that have gone since are passed over."""
-        self._starts = TimerQueue(pa.schema(whole[:at]))
-        """Start of every session that was ever open, but for those in `_first`, which begin before them."""
-        self._first = pa.RecordBatch.from_pylist([], schema=pa.schema(whole[:at]))
-        """Sessions in order of their start; those that have gone are passed over from the front."""
+        self._told = TimerQueue(pa.schema(whole[:at]))
+        """With updates: the same of every session that has been told."""
+        self._starts = SessionStarts(self._table, self._gap)
+        gone = []
         for batch in self._table.scan():
-            self._enqueue(batch, np.ones(batch.num_rows, np.bool_))
+            ends = self._ends(batch)
+            told = (ends > self._forgotten) & (ends <= self._progress.kept)
+            gone.append(batch.filter(pa.array(told)))
+            there = batch.filter(pa.array(~told))
+            self._enqueue(there, np.ones(there.num_rows, np.bool_))
+        for batch in gone:
+            self._table.delete(self._table.slots(batch.columns[:at], insert=False))
 
     def _ends(self, sessions: pa.RecordBatch | pa.Table) -> Int64Array:
         last: Int64Array = event_times_us(sessions.column(f"{LAST}.value")).to_numpy()
@@ -160,9 +181,15 @@ class SessionOperator(KeyedOperator):
     def _enqueue(self, sessions: pa.RecordBatch, new: npt.NDArray[np.bool_]) -> None:
         at = len(self.keys) + 1
         keys = sessions.select(range(at))
-        self._queue.add(self._ends(sessions), keys)
+        ends = self._ends(sessions)
+        if self._updates:
+            told = ends <= self._progress.fired
+            self._told.add(ends[told], keys.filter(pa.array(told)))
+            self._queue.add(ends[~told], keys.filter(pa.array(~told)))
+        else:
+            self._queue.add(ends, keys)
         begun = keys.filter(pa.array(new))
-        self._starts.add(_us(begun.column(at - 1)), begun)
+        self._starts.added(_us(begun.column(at - 1)), begun)
         self._open.added(begun.columns[: at - 1], _us(begun.column(at - 1)))
 
     # ------------------------------------------------------------------------------------------------------- rows in
@@ -172,7 +199,7 @@ class SessionOperator(KeyedOperator):
         if batch.num_rows == 0:
             return []
         results: list[tuple[pa.RecordBatch, str]] = []
-        if earliest < self._watermark:
+        if earliest < self._progress.kept:
             late = self._late(batch, column.to_numpy())
             if late.any():
                 self.late_rows += int(late.sum())
@@ -184,12 +211,16 @@ class SessionOperator(KeyedOperator):
         times: Int64Array = column.to_numpy()
         found = Sessions.of(self.key_columns(batch), times, times + self._gap)
         partials = self._plan.combine_rows(batch, column, found.starts[found.of_row])
-        self._merge(partials)
+        before, now = self._merge(partials)
+        if self._updates:
+            ended = now.filter(pa.array(self._ends(now) <= self._progress.fired))
+            results += [(part, MAIN) for part in self._results(before, retracted=True)]
+            results += [(part, MAIN) for part in self._results(ended)]
         return results
 
     def _late(self, batch: pa.RecordBatch, times: Int64Array) -> npt.NDArray[np.bool_]:
         """Rows behind the watermark that lie in no open session of their key."""
-        late: npt.NDArray[np.bool_] = times < self._watermark
+        late: npt.NDArray[np.bool_] = times < self._progress.kept
         rows = np.flatnonzero(late)
         keys = [key.take(pa.array(rows)) for key in self.key_columns(batch)]
         first, _ = distinct(keys)
@@ -197,27 +228,35 @@ class SessionOperator(KeyedOperator):
         sessions = self._open.of(keys_once)
         width = len(self.keys)
         # Of the open sessions of a key only one can begin behind the watermark, because that one goes on beyond it.
-        begun = sessions.filter(pa.array(_us(sessions.column(width)) < self._watermark))
+        begun = sessions.filter(pa.array(_us(sessions.column(width)) < self._progress.kept))
         starts = np.full(len(first), np.iinfo(np.int64).max)
         if begun.num_rows:
             starts[index_in(begun.columns[:width], keys_once)] = _us(begun.column(width))
         late[rows] = times[rows] < starts[index_in(keys, keys_once)]
         return late
 
-    def _merge(self, new: pa.Table) -> None:
-        """Take in sessions, of which those of one key do not overlap each other."""
+    def _merge(self, new: pa.Table) -> tuple[pa.Table, pa.Table]:
+        """Take in sessions, of which those of one key do not overlap each other. Gives those that have been told and
+        are no more what was told, and those that are new or have changed."""
         plan, width = self._plan, len(self.keys)
         assert plan is not None
         keys = [flat(new.column(i)) for i in range(width)]
         first, _ = distinct(keys)
         there = self._open.of([key.take(pa.array(first)) for key in keys])
+        before = there.slice(0, 0)
         if there.num_rows:
             both = pa.concat_tables([pa.Table.from_batches([there]), new])
-            starts = _us(both.column(width))
-            found = Sessions.of([flat(both.column(i)) for i in range(width)], starts, self._ends(both))
+            starts, ends = _us(both.column(width)), self._ends(both)
+            found = Sessions.of([flat(both.column(i)) for i in range(width)], starts, ends)
             session_starts = found.starts[found.of_row]
             several = found.members[found.of_row] > 1
             gone = several & (starts != session_starts)  # the others are written over
+            if self._updates:
+                fired = self._progress.fired
+                goes_on = np.zeros(len(found.starts), np.bool_)
+                goes_on[found.of_row[ends > fired]] = True
+                untold = several & (ends <= fired) & ((starts != session_starts) | goes_on[found.of_row])
+                before = there.filter(pa.array(untold[: there.num_rows]))
             self._remove(there.filter(pa.array(gone[: there.num_rows])))
             at = pa.array(session_starts[several]).view(plan.window_type)
             joined = both.filter(pa.array(several)).set_column(width, plan.schema.field(WINDOW_START), at)
@@ -225,6 +264,7 @@ class SessionOperator(KeyedOperator):
             if joined.num_rows:
                 new = pa.concat_tables([new, plan.merge(joined, None)])
         self._put(new)
+        return pa.Table.from_batches([before]), new
 
     def _put(self, sessions: pa.Table) -> None:
         if sessions.num_rows == 0:
@@ -245,60 +285,63 @@ class SessionOperator(KeyedOperator):
     # -------------------------------------------------------------------------------------------------- sessions out
 
     def on_watermark(self, time: int) -> int:
-        """Fire the sessions that end at ``time`` or before, in order of their start, and then pass on the watermark:
-        the start of the first open session, if that is behind ``time``, because its result will have that time."""
-        if time > self._watermark:
+        """Fire the sessions that end at ``time`` or before (behind it by the lateness, without updates), in order of
+        their start, and then pass on the watermark: the start of the first session that is still there, if that is
+        behind ``time``, because its result will have that time."""
+        if time > self._progress.watermark:
+            self._progress = self._progress.next(time)
             if self._plan is not None:
-                self._fire(time, self._plan)
-            self._watermark = time
-        first = self._first_open() if self._plan is not None else None
-        passed_on = self._watermark if first is None else min(first, self._watermark)
-        self._passed_on = max(self._passed_on, passed_on)
+                self._fire()
+        kept = self._progress.kept
+        first = self._starts.first(kept) if self._plan is not None else None
+        self._passed_on = max(self._passed_on, kept if first is None else min(first, kept))
         return self._passed_on
 
-    def _fire(self, time: int, plan: Preaggregation) -> None:
-        taken = self._queue.take(time)
+    def _fire(self) -> None:
+        due = self._due(self._queue, self._progress.fired)
+        if due is not None:
+            sessions = due.take(pa.array(np.argsort(_us(due.column(WINDOW_START)), kind="stable")))
+            if _us(sessions.column(WINDOW_START))[0] < self._passed_on:
+                raise ProtocolError(
+                    f"W1: {self.ctx} fires a session that begins before its watermark {self._passed_on}"
+                )
+            if self._updates:
+                self._told.add(self._ends(due), due.select(range(len(self.keys) + 1)))
+            else:
+                self._remove(due)
+            for batch in self._results(pa.Table.from_batches([sessions])):
+                self.out.emit(batch, MAIN)
+        if self._updates:
+            gone = self._due(self._told, self._progress.kept)
+            if gone is not None:
+                self._remove(gone)
+
+    def _due(self, queue: TimerQueue, until: int) -> pa.RecordBatch | None:
+        """Sessions of the queue that are there and end at ``until`` or before."""
+        taken = queue.take(until)
         if taken is None:
-            return
+            return None
         ends, keys = taken
         slots = self._table.slots(keys.columns, insert=False)
         there = np.flatnonzero(slots >= 0)
         slots, ends = slots[there], ends[there]
         last = event_times_us(self._table.get(slots, f"{LAST}.value")).to_numpy()
         due = np.unique(slots[last + self._gap == ends])
-        if len(due) == 0:
-            return
-        sessions = pa.Table.from_batches([self._table.gather(due)])
-        sessions = sessions.take(pa.array(np.argsort(_us(sessions.column(WINDOW_START)), kind="stable")))
-        if _us(sessions.column(WINDOW_START))[0] < self._passed_on:
-            raise ProtocolError(f"W1: {self.ctx} fires a session that begins before its watermark {self._passed_on}")
-        self._table.delete(due)
-        self._open.removed([flat(sessions.column(key)) for key in self.keys])
+        return self._table.gather(due) if len(due) else None
+
+    def _results(self, sessions: pa.Table, *, retracted: bool = False) -> list[pa.RecordBatch]:
+        if not sessions.num_rows:
+            return []
+        assert self._plan is not None
         ends = self._ends(sessions)
         try:
-            table = plan.finalise(sessions, lambda _: ends).drop_columns([LAST])
+            table = self._plan.finalise(sessions, lambda _: ends).drop_columns([LAST])
         except DataError as error:
             raise DataError(f"{self.ctx}: {error}") from error
-        for batch in table.combine_chunks().to_batches(max_chunksize=self._factory.batch_rows):
-            self.out.emit(batch, MAIN)
-
-    def _first_open(self) -> int | None:
-        """The start of the first open session that began behind the watermark; else any time that is not before it."""
-        while True:
-            while self._first.num_rows:
-                some = self._first.slice(0, LOOKED_UP)
-                is_open = np.flatnonzero(self._table.slots(some.columns, insert=False) >= 0)
-                if len(is_open):
-                    self._first = self._first.slice(int(is_open[0]))
-                    return int(_us(self._first.column(len(self.keys)))[0])
-                self._first = self._first.slice(some.num_rows)
-            first = self._starts.first()
-            if first is None or first >= self._watermark:
-                return first
-            # Sessions that are still to begin do so at the watermark or later: behind all of these.
-            taken = self._starts.take(min(first + self._gap, self._watermark - 1))
-            assert taken is not None
-            self._first = taken[1]
+        if self._updates:
+            table = table.append_column(RETRACTED, pa.array(np.full(table.num_rows, retracted)))
+        batches: list[pa.RecordBatch] = table.combine_chunks().to_batches(max_chunksize=self._factory.batch_rows)
+        return batches
 
     # --------------------------------------------------------------------------------------------------- checkpoints
 
@@ -306,7 +349,7 @@ class SessionOperator(KeyedOperator):
         state = super().snapshot(checkpoint)
         schema = pa.schema([]) if self._plan is None else self._plan.schema
         meta = {
-            "watermark": self._watermark,
+            **self._progress.meta(),
             "passed_on": self._passed_on,
             "gap_us": self._gap,
             "late_rows": self.late_rows,
@@ -327,7 +370,8 @@ class SessionOperator(KeyedOperator):
                     "open sessions cannot be cut anew; give the step another name= to begin without its state, or the "
                     "gap it had"
                 )
-        self._watermark = min((int(meta["watermark"]) for meta in metas), default=MIN_WATERMARK)
+        self._progress = self._progress.restored(metas)
+        self._forgotten = min((int(meta.get("kept", meta["watermark"])) for meta in metas), default=MIN_WATERMARK)
         self._passed_on = min((int(meta["passed_on"]) for meta in metas), default=MIN_WATERMARK)
         self.late_rows = sum(
             int(meta["late_rows"]) for meta in metas if int(meta["first_group"]) in self.ctx.key_groups

@@ -17,6 +17,7 @@ import rayflow.operators.aggregates as rf
 from rayflow.core.ids import MAX_WATERMARK, MIN_WATERMARK
 from rayflow.errors import ConfigError, DataError, ProtocolError, StateSchemaError
 from rayflow.operators.base import MAIN
+from rayflow.operators.windowing.progress import Emit
 from rayflow.operators.windowing.session import Session, Sessions, session
 from rayflow.operators.windowing.session_operator import SessionAggregate, SessionOperator
 from rayflow.operators.windows import LATE
@@ -92,6 +93,129 @@ def test_late_rows_never_touch_a_session_that_has_fired(gap: int, sent: list[lis
         assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans)), "W3"
 
 
+def last_of_each(emitted: list[dict[str, object]]) -> list[tuple[Any, ...]]:
+    """What a table that is written by key and start holds in the end. Of a session that is not told nothing may be
+    retracted."""
+    found: dict[Any, tuple[Any, ...]] = {}
+    for row in emitted:
+        key, start, end, *rest, retracted = row.values()
+        told = key, us(start), us(end), *rest
+        if retracted:
+            assert found.pop(told[:2]) == told, "what is retracted is what was told"
+        else:
+            assert found.get(told[:2]) != told, "a result that says nothing new"
+            found[told[:2]] = told
+    return ordered(list(found.values()))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from([1, 5, 13]),
+    st.sampled_from([0, 4, 20]).flatmap(lambda late: st.tuples(st.just(late), within_delay(late))),
+    WAYS,
+    st.sampled_from(["final", "update"]),
+)
+def test_rows_that_come_within_the_allowed_lateness_count(
+    gap: int, sent: tuple[int, list[Row]], way: Way, emit: Emit
+) -> None:
+    """The watermark takes rows to be in order; they are later by up to the allowed lateness."""
+    lateness, data = sent
+    with tempfile.TemporaryDirectory() as folder:
+        made = factory(gap, allowed_lateness_us=lateness, emit=emit)
+        out = run(made, data, way, delay=0, scratch=Path(folder))
+    assert LATE not in out.batches
+    if emit == "final":
+        assert results(out) == oracle(data, gap)
+    else:
+        assert last_of_each(rows(out.batches.get(MAIN, []))) == oracle(data, gap)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.sampled_from([3, 10]),
+    st.sampled_from([0, 6]),
+    st.lists(st.lists(st.tuples(st.integers(0, 1), st.integers(-40, 40), st.integers(-9, 9)), max_size=5), max_size=8),
+    st.integers(0, 8),
+)
+def test_updates_with_late_rows_of_any_age(gap: int, lateness: int, sent: list[list[Row]], restore_at: int) -> None:
+    """W1; the sessions told last do not overlap, and every row is in one of them or late."""
+    made = factory(gap, allowed_lateness_us=lateness, emit="update")
+    operator, out = opened(made)
+    watermark, passed_on = MIN_WATERMARK, MIN_WATERMARK
+    for number, data in enumerate(sent):
+        emitted = len(out.batches.get(MAIN, []))
+        operator.process(batch(data), 0)
+        watermark = max([watermark, *(row[1] for row in data)])
+        before, passed_on = passed_on, operator.on_watermark(watermark)
+        assert before <= passed_on
+        assert all(us(row["window_start"]) >= before for row in rows(out.batches.get(MAIN, [])[emitted:])), "W1"
+        if number == restore_at:
+            states = frozen(operator)
+            operator, _ = opened(made, out=out)
+            operator.restore(states)
+    operator.on_watermark(MAX_WATERMARK)
+    assert isinstance(operator, SessionOperator)
+    assert operator._plan is None or operator._table.rows == 0
+    found = last_of_each(rows(out.batches.get(MAIN, [])))
+    late = rows(out.batches.get(LATE, []))
+    assert sum(row[3] for row in found) + len(late) == sum(map(len, sent))
+    for key in (0, 1):
+        spans = sorted((start, end) for k, start, end, *_ in found if k == key)
+        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+
+
+def test_sessions_that_become_one_are_retracted() -> None:
+    operator, out = opened(factory(10, allowed_lateness_us=50, emit="update"))
+
+    def told() -> list[tuple[Any, ...]]:
+        found = [(us(r["window_start"]), us(r["window_end"]), r["n"], r["retracted"]) for r in rows(out.batches[MAIN])]
+        out.batches[MAIN].clear()
+        return found
+
+    operator.process(batch([(1, 0, 1), (1, 15, 1)]), 0)
+    operator.on_watermark(30)
+    assert told() == [(0, 10, 1, False), (15, 25, 1, False)]
+    operator.process(batch([(1, 8, 1)]), 0)
+    assert told() == [(15, 25, 1, True), (0, 25, 3, False)]
+    operator.process(batch([(1, 24, 1)]), 0)
+    assert told() == [(0, 25, 3, True)], "it goes on until 34, and is told when the watermark is there"
+    operator.on_watermark(34)
+    assert told() == [(0, 34, 4, False)]
+    assert operator.on_watermark(83) == 0
+    assert operator.on_watermark(84) == 34
+
+
+def test_retractions_that_are_forgotten_are_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Broken on purpose: nobody is told that a session has become part of another."""
+    data: list[Row] = [(1, 0, 1), (1, 15, 1), (1, 40, 1), (1, 8, 1)]
+    made, way = factory(10, allowed_lateness_us=50, emit="update"), Way(cuts=[1, 2, 3])
+    right = run(made, data, way, delay=0, scratch=tmp_path / "a")
+    assert last_of_each(rows(right.batches[MAIN])) == oracle(data, 10)
+    merge = SessionOperator._merge
+
+    def silent(self: SessionOperator, new: pa.Table) -> tuple[pa.Table, pa.Table]:
+        before, now = merge(self, new)
+        return before.slice(0, 0), now
+
+    monkeypatch.setattr(SessionOperator, "_merge", silent)
+    wrong = run(made, data, way, delay=0, scratch=tmp_path / "b")
+    assert last_of_each(rows(wrong.batches[MAIN])) != oracle(data, 10)
+
+
+@pytest.mark.parametrize("emits", [("update", "final"), ("final", "update")])
+def test_another_way_to_emit_after_a_restore(emits: tuple[Emit, Emit]) -> None:
+    """A session that was told is not told again where there are no more updates."""
+    operator, out = opened(factory(10, allowed_lateness_us=50, emit=emits[0]))
+    operator.process(batch([(1, 0, 1), (1, 50, 1)]), 0)
+    operator.on_watermark(50)
+    states = frozen(operator)
+    operator, _ = opened(factory(10, allowed_lateness_us=50, emit=emits[1]), out=out)
+    operator.restore(states)
+    operator.process(batch([(1, 60, 1)]), 0)
+    operator.on_watermark(MAX_WATERMARK)
+    assert [(us(r["window_start"]), r["n"]) for r in rows(out.batches[MAIN])] == [(0, 1), (50, 1), (60, 1)]
+
+
 def test_a_row_that_closes_the_gap_merges_two_sessions() -> None:
     operator, out = opened(factory(10))
     operator.process(batch([(1, 0, 1), (1, 15, 2)]), 0)
@@ -149,7 +273,12 @@ def test_a_forgotten_merge_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyP
     data: list[Row] = [(1, 0, 1), (1, 3, 1), (1, 4, 1)]
     way = Way(cuts=[1, 2])
     assert results(run(factory(5), data, way, delay=0, scratch=tmp_path / "a")) == oracle(data, 5)
-    monkeypatch.setattr(SessionOperator, "_merge", SessionOperator._put)
+
+    def beside(self: SessionOperator, new: pa.Table) -> tuple[pa.Table, pa.Table]:
+        self._put(new)
+        return new, new
+
+    monkeypatch.setattr(SessionOperator, "_merge", beside)
     assert results(run(factory(5), data, way, delay=0, scratch=tmp_path / "b")) != oracle(data, 5)
 
 
