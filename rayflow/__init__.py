@@ -43,6 +43,7 @@ from rayflow.operators.aggregates import (
 )
 from rayflow.operators.base import FrozenState, FrozenTable, SinkOperator, Source
 from rayflow.operators.process import BroadcastProcess, KeyedProcess
+from rayflow.operators.sinks.committed import CommittedFile, committed_files
 from rayflow.operators.state.declared import (
     AggregatingState,
     BroadcastState,
@@ -73,6 +74,7 @@ __all__ = [
     "CheckpointConfig",
     "ClusterError",
     "CommitLostError",
+    "CommittedFile",
     "ConfigError",
     "ConnectorError",
     "CorruptCheckpointError",
@@ -114,6 +116,7 @@ __all__ = [
     "coalesce",
     "col",
     "collect",
+    "committed_files",
     "count",
     "count_distinct",
     "count_window",

@@ -15,10 +15,10 @@ import pyarrow as pa
 from rayflow.config import Duration, duration_us
 from rayflow.errors import PlanError
 from rayflow.expressions import Expr, as_expr
+from rayflow.files import WritesFiles
 from rayflow.graph import FORWARD, MAIN_TAG, Exchange, Input, Node, caller_location
 from rayflow.operators.base import EventTime, SinkFactory
 from rayflow.operators.sinks.collect import CollectSink
-from rayflow.operators.sinks.parquet import ParquetSink
 from rayflow.operators.sinks.printing import PrintSink
 from rayflow.operators.stateless import (
     AssignEventTime,
@@ -49,7 +49,7 @@ class Sink:
     node: Node
 
 
-class Stream:
+class Stream(WritesFiles):
     """Rows on their way. Every method returns a new stream and leaves this one as it was."""
 
     def __init__(
@@ -347,22 +347,6 @@ class Stream:
         return sort_by_event_time(self, ties, name=name)
 
     # ---------------------------------------------------------------------------------------------------------- sinks
-
-    def write_parquet(
-        self,
-        path: str,
-        *,
-        compression: str = "snappy",
-        mode: Literal["error", "append"] = "error",
-        storage_options: Mapping[str, Any] | None = None,
-        name: str | None = None,
-    ) -> Sink:
-        """Exactly-once Parquet files below ``path`` (local folder or ``s3://``), visible when a checkpoint completes.
-
-        A new run refuses a folder that already holds files, unless ``mode="append"``.
-        """
-        sink = ParquetSink(path, storage_options=dict(storage_options or {}), compression=compression, mode=mode)
-        return self._sink("write_parquet", sink, detail=str(path), name=name)
 
     def collect(self, *, name: str | None = None) -> Sink:
         """Rows come back in `JobResult.table`; exactly-once, because they are part of the job's state."""

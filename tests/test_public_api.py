@@ -20,6 +20,7 @@ from click.testing import CliRunner
 
 import rayflow as rf
 from rayflow.cli.main import main
+from rayflow.files import WritesFiles
 from rayflow.keyed import DeduplicatedStream
 from rayflow.keyed_process import ConnectedStream, ProcessResult
 from rayflow.ordered import SortedStream
@@ -33,6 +34,7 @@ AGGREGATES = {
     "UserAggregate", "aggregate", "approx_count_distinct", "arg_max", "arg_min", "collect", "count", "count_distinct",
     "first", "last", "max", "mean", "median", "min", "quantile", "stddev", "sum", "variance",
 }  # fmt: skip
+FILES = {"CommittedFile", "committed_files"}
 RUNNING = {"CheckpointConfig", "Flow", "JobConfig", "JobResult", "JobStatus", "Restart", "SubtaskInfo", "attach"}
 STREAMS = {"KeyedStream", "Stream", "count_window", "every", "session", "sliding", "tumbling"}
 STATE = {
@@ -51,8 +53,9 @@ METHODS = {
     rf.Stream: {
         "broadcast", "collect", "drop", "filter", "flat_map", "key_by", "lookup", "map", "map_batches",
         "map_batches_async", "print", "rebalance", "rename", "select", "show", "sort_by_event_time", "take", "to_arrow",
-        "union", "with_columns", "with_event_time", "write", "write_parquet",
+        "union", "with_columns", "with_event_time", "write",
     },
+    WritesFiles: {"write_csv", "write_json", "write_parquet"},
     rf.KeyedStream: {
         "agg", "connect", "deduplicate", "join", "join_asof", "process", "reduce", "top", "window",
     },
@@ -89,7 +92,7 @@ def public_callables() -> Iterator[tuple[str, Callable[..., Any]]]:
 def test_names_are_those_promised() -> None:
     assert (
         set(rf.__all__)
-        == SOURCES | EXPRESSIONS | AGGREGATES | RUNNING | STREAMS | STATE | SAVEPOINTS | CHECKPOINTS | ERRORS
+        == SOURCES | EXPRESSIONS | AGGREGATES | RUNNING | STREAMS | STATE | SAVEPOINTS | CHECKPOINTS | ERRORS | FILES
     )
     assert len(rf.__all__) == len(set(rf.__all__))
     assert all(hasattr(rf, name) for name in rf.__all__)

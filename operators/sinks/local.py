@@ -9,12 +9,14 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Sequence
+import uuid
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from rayflow.core.manifest import Json
 from rayflow.errors import CommitLostError, DataError, StorageError
 from rayflow.operators.base import Committer, OperatorContext
+from rayflow.operators.sinks import committed
 from rayflow.operators.sinks.files import Target
 
 PENDING = "_rayflow"
@@ -40,8 +42,11 @@ class LocalTarget(Target):
 @dataclass(slots=True)
 class LocalCommitter(Committer):
     folder: str
-    suffix: str
+    suffixes: tuple[str, ...]
     refuse_existing: bool
+    below: str = ""
+    """How the names of folders in it begin, where the output has folders."""
+    manifest: bool = False
 
     def commit(self, committables: Sequence[Json]) -> None:
         if not committables:
@@ -53,7 +58,10 @@ class LocalCommitter(Committer):
                 except FileNotFoundError:
                     # Another process (a subtask that was thought dead) may have published it between two of our steps.
                     self._publish(committable)
-            _sync(self.folder)
+            for folder in self._folders_of(committables):
+                _sync(folder)
+            if self.manifest:
+                self._record(committables)
         except OSError as error:
             raise StorageError(f"cannot commit to {self.folder!r}: {error}; nothing committed is lost") from error
 
@@ -75,6 +83,29 @@ class LocalCommitter(Committer):
     def _pending(self, *names: str) -> str:
         return os.path.join(self.folder, PENDING, *names)
 
+    def _folders_of(self, committables: Sequence[Json]) -> list[str]:
+        """Those that got entries, or may have got them, the deeper ones first."""
+        found = {""}
+        for committable in committables:
+            folder = os.path.dirname(committable["final"])
+            while folder:
+                found.add(folder)
+                folder = os.path.dirname(folder)
+        return [os.path.join(self.folder, folder) if folder else self.folder for folder in sorted(found, reverse=True)]
+
+    def _record(self, committables: Sequence[Json]) -> None:
+        folder = os.path.join(self.folder, committed.FOLDER)
+        os.makedirs(folder, exist_ok=True)
+        for name, content in committed.records((c["final"], c) for c in committables).items():
+            temporary = os.path.join(folder, f".{uuid.uuid4().hex}")
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, os.path.join(folder, name))
+        _sync(folder)
+        _sync(self.folder)
+
     def _publish(self, committable: Json) -> None:
         pending, final = self._pending(committable["pending"]), os.path.join(self.folder, committable["final"])
         nbytes = int(committable["nbytes"])
@@ -91,6 +122,8 @@ class LocalCommitter(Committer):
                 f"{pending} was prepared with {nbytes} bytes for a complete checkpoint, but now has "
                 f"{os.path.getsize(pending)}; restore the file or go back to an earlier checkpoint"
             )
+        if "/" in committable["final"]:
+            os.makedirs(os.path.dirname(final), exist_ok=True)
         try:
             os.link(pending, final)
         except FileExistsError:
@@ -111,11 +144,25 @@ class LocalCommitter(Committer):
         os.unlink(pending)
 
     def _refuse_other_output(self) -> None:
-        found = sorted(name for name in os.listdir(self.folder) if name.endswith(self.suffix) and name[0] not in "._")
-        if found:
+        found = next(self._existing(), None)
+        if found is not None:
             raise DataError(
-                f"output folder {self.folder!r} already holds {len(found)} files of another run (such as {found[0]}); "
+                f"output folder {self.folder!r} already holds files of another run (such as {found}); "
                 f'empty it, write elsewhere, or use mode="append"'
+            )
+
+    def _existing(self) -> Iterator[str]:
+        """Files that a reader of the output would take for ours."""
+        for name in sorted(os.listdir(self.folder)):
+            if name.endswith(self.suffixes) and name[0] not in "._":
+                yield name
+            elif self.below and name.startswith(self.below):
+                for folder, _, names in os.walk(os.path.join(self.folder, name)):
+                    inside = os.path.relpath(folder, self.folder)
+                    yield from (os.path.join(inside, each) for each in sorted(names) if each.endswith(self.suffixes))
+        if self.manifest and os.path.isdir(os.path.join(self.folder, committed.FOLDER)):
+            yield from (
+                os.path.join(committed.FOLDER, n) for n in os.listdir(os.path.join(self.folder, committed.FOLDER))
             )
 
 

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rayflow.errors import ConfigError, PlanError
-from rayflow.operators.base import Committer
-from rayflow.operators.sinks.files import FileSinkOperator, FileWriter, Rolling
-from rayflow.operators.sinks.local import LocalCommitter, LocalTarget
-from rayflow.operators.sinks.s3 import Bucket, S3Committer, S3Target
-from rayflow.operators.sources.paths import is_local, normalise
+from rayflow.operators.sinks.files import FileWriter
+from rayflow.operators.sinks.output import FileSink
 
 SUFFIX = ".parquet"
 COMPRESSIONS = ("none", "snappy", "gzip", "brotli", "lz4", "zstd")
@@ -67,51 +62,14 @@ class _ParquetWriter:
 
 
 @dataclass(frozen=True)
-class ParquetSink:
-    """Writes all rows as Parquet files ``part-<subtask>-<checkpoint>-<n>.parquet`` in the folder ``path``.
+class ParquetSink(FileSink):
+    """`FileSink` of Parquet files."""
 
-    Rows are visible when the checkpoint behind them is complete, and then exactly once; a job without rows leaves an
-    empty folder. ``mode="error"`` refuses a folder that holds Parquet files of another run; ``"append"`` adds to them
-    and puts the id of the run into the names. ``max_file_rows`` and ``max_file_bytes`` (about) bound a file. One
-    sink of one job at a time may write to a folder.
-    """
+    compression: str = field(default="snappy", kw_only=True)
 
-    path: str | Path
-    _: KW_ONLY
-    storage_options: Mapping[str, Any] = field(default_factory=dict)
-    compression: str = "snappy"
-    max_file_rows: int | None = None
-    max_file_bytes: int = 512 * 1024 * 1024
-    mode: Literal["error", "append"] = "error"
+    function: ClassVar[str] = "write_parquet"
+    suffixes: ClassVar[tuple[str, ...]] = (SUFFIX,)
+    compressions: ClassVar[tuple[str, ...]] = COMPRESSIONS
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "path", normalise(self.path)[0].rstrip("/") or "/")
-        if self.mode not in ("error", "append"):
-            raise ConfigError(f'write_parquet(mode) must be "error" or "append", got {self.mode!r}')
-        for name in ("max_file_rows", "max_file_bytes"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"write_parquet({name}) must be at least 1, got {value}")
-        if self.compression not in COMPRESSIONS:
-            raise ConfigError(f"write_parquet(compression) must be one of {COMPRESSIONS}, got {self.compression!r}")
-        if not is_local(self._url) and not self._url.startswith(("s3://", "s3a://")):
-            raise PlanError(f"write_parquet writes to a local folder or to s3://bucket/prefix, got {self._url!r}")
-
-    @property
-    def _url(self) -> str:
-        return str(self.path)
-
-    @property
-    def stateful(self) -> bool:
-        return False
-
-    def build(self) -> FileSinkOperator:
-        rolling = Rolling(self.max_file_rows, self.max_file_bytes)
-        target = LocalTarget(self._url) if is_local(self._url) else S3Target(Bucket(self._url, self.storage_options))
-        return FileSinkOperator(ParquetFormat(self.compression), target, rolling, unique_names=self.mode == "append")
-
-    def committer(self) -> Committer:
-        refuse = self.mode == "error"
-        if is_local(self._url):
-            return LocalCommitter(self._url, SUFFIX, refuse)
-        return S3Committer(Bucket(self._url, self.storage_options), SUFFIX, refuse)
+    def format(self) -> ParquetFormat:
+        return ParquetFormat(self.compression)

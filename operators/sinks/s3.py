@@ -11,11 +11,13 @@ import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from rayflow.core.manifest import Json
 from rayflow.errors import CommitLostError, DataError, StorageError
 from rayflow.operators.base import Committer, OperatorContext
+from rayflow.operators.sinks import committed
 from rayflow.operators.sinks.files import Target
 from rayflow.operators.sinks.spool import Spool
 from rayflow.operators.sources.paths import open_fs
@@ -64,19 +66,21 @@ class Bucket:
             return None
         return int(found["ContentLength"]), str(found.get("Metadata", {}).get(_TOKEN, ""))
 
-    def uploads(self) -> list[tuple[str, str]]:
+    def uploads(self, name: str = "part-") -> list[tuple[str, str]]:
         """(key, upload id) of the first open multipart uploads of this sink, up to 1,000.
 
-        There is no second page: SeaweedFS truncates without saying where to go on. Abort these and ask again.
+        ``name``: how keys begin behind the prefix. There is no second page: SeaweedFS truncates without saying where to
+        go on. Abort these and ask again.
         """
-        page = self.call("list_multipart_uploads", Prefix=self.key("part-"))
+        page = self.call("list_multipart_uploads", Prefix=self.key(name))
         return [(upload["Key"], upload["UploadId"]) for upload in page.get("Uploads", [])]
 
-    def objects(self) -> Iterator[str]:
-        """Keys directly below the prefix."""
+    def objects(self, name: str | None = None) -> Iterator[str]:
+        """Keys directly below the prefix; or all that begin with ``name`` behind it, however deep."""
+        where = {"Prefix": self.key(""), "Delimiter": "/"} if name is None else {"Prefix": self.key(name)}
         markers: dict[str, str] = {}
         while True:
-            page = self.call("list_objects_v2", Prefix=self.key(""), Delimiter="/", **markers)
+            page = self.call("list_objects_v2", **where, **markers)
             for found in page.get("Contents", []):
                 yield found["Key"]
             if not page.get("IsTruncated"):
@@ -142,12 +146,20 @@ class S3Target(Target):
 @dataclass(slots=True)
 class S3Committer(Committer):
     bucket: Bucket
-    suffix: str
+    suffixes: tuple[str, ...]
     refuse_existing: bool
+    below: str = ""
+    """How the names of folders behind the prefix begin, where the output has folders."""
+    manifest: bool = False
 
     def commit(self, committables: Sequence[Json]) -> None:
         for committable in committables:
             self._complete(committable)
+        if self.manifest:
+            start = len(self.bucket.key(""))
+            found = committed.records((str(c["key"])[start:], c) for c in committables)
+            for name, content in found.items():
+                self.bucket.call("put_object", Key=self.bucket.key(f"{committed.FOLDER}/{name}"), Body=content)
 
     def recover(self, committables: Sequence[Json], *, fresh: bool) -> None:
         if fresh and self.refuse_existing:
@@ -157,11 +169,12 @@ class S3Committer(Committer):
 
     def finish(self) -> None:
         # What was committed is no upload any more, so whatever is still open belongs to no checkpoint.
-        aborted: set[tuple[str, str]] = set()
-        while found := [upload for upload in self.bucket.uploads() if upload not in aborted]:
-            for key, upload_id in found:
-                self.bucket.abort(key, upload_id)
-            aborted.update(found)
+        for name in ("part-", self.below) if self.below else ("part-",):
+            aborted: set[tuple[str, str]] = set()
+            while found := [upload for upload in self.bucket.uploads(name) if upload not in aborted]:
+                for key, upload_id in found:
+                    self.bucket.abort(key, upload_id)
+                aborted.update(found)
 
     def _complete(self, committable: Json) -> None:
         key = str(committable["key"])
@@ -199,13 +212,18 @@ class S3Committer(Committer):
         return True
 
     def _refuse_other_output(self) -> None:
-        for key in self.bucket.objects():
-            name = key.rpartition("/")[2]
-            if name.endswith(self.suffix) and name[0] not in "._":
-                raise DataError(
-                    f"output {self.bucket.url!r} already holds files of another run (such as {name}); "
-                    f'empty it, write elsewhere, or use mode="append"'
-                )
+        keys = chain(
+            (key for key in self.bucket.objects() if key.rpartition("/")[2][:1] not in "._"),
+            self.bucket.objects(self.below) if self.below else (),
+        )
+        found = next((key for key in keys if key.endswith(self.suffixes)), None)
+        if found is None and self.manifest:
+            found = next(self.bucket.objects(f"{committed.FOLDER}/"), None)
+        if found is not None:
+            raise DataError(
+                f"output {self.bucket.url!r} already holds files of another run (such as "
+                f'{found[len(self.bucket.key("")) :]}); empty it, write elsewhere, or use mode="append"'
+            )
 
 
 def _code(error: BaseException) -> str:

@@ -42,6 +42,8 @@ def committer(factory: SinkFactory) -> Committer:
 
 
 class SinkContract:
+    suffix = ".parquet"
+
     @pytest.fixture
     def factory(self) -> Any:
         raise NotImplementedError
@@ -160,7 +162,7 @@ class SinkContract:
             operator = started(factory, 1, attempt=attempt)
             operator.process(batch(attempt), 0)
             committer(factory).commit(prepared(operator, 40 + attempt))
-        assert self.names() == ["part-00001-00000041-0000.parquet", "part-00001-00000042-0000.parquet"]
+        assert self.names() == [f"part-00001-000000{n}-0000{self.suffix}" for n in (41, 42)]
 
     def test_lost_prepared_output_is_an_error(self, factory: SinkFactory) -> None:
         operator = started(factory)

@@ -52,7 +52,7 @@ class _Wrapped:
 def test_a_commit_that_somebody_else_makes_at_any_moment_is_a_commit(
     at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    committer = LocalCommitter(str(tmp_path), ".parquet", refuse_existing=True)
+    committer = LocalCommitter(str(tmp_path), (".parquet",), refuse_existing=True)
     (tmp_path / PENDING).mkdir()
     (tmp_path / PENDING / "p").write_bytes(b"rows")
     committable = {"pending": "p", "final": "part.parquet", "rows": 1, "nbytes": 4}

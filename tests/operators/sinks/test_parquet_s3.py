@@ -105,9 +105,9 @@ def test_an_answer_that_was_lost_is_not_a_lost_commit(url: str, options: dict[st
             raise StorageError("timeout")
 
     with pytest.raises(StorageError, match="timeout"):
-        s3.S3Committer(Flaky(url, options), ".parquet", True).commit(found)
+        s3.S3Committer(Flaky(url, options), (".parquet",), True).commit(found)
     done = True
-    s3.S3Committer(Flaky(url, options), ".parquet", True).commit(found)
+    s3.S3Committer(Flaky(url, options), (".parquet",), True).commit(found)
     assert read_all(ParquetSource(url, storage_options=options))["x"].to_pylist() == [1]
 
 
@@ -128,7 +128,7 @@ def test_more_leftovers_than_one_listing_shows(url: str, options: dict[str, Any]
             extra = {"MaxUploads": 1} if method == "list_multipart_uploads" else {}
             return s3.Bucket.call(self, method, **arguments, **extra)
 
-    s3.S3Committer(Short(url, options), ".parquet", True).recover([], fresh=True)
+    s3.S3Committer(Short(url, options), (".parquet",), True).recover([], fresh=True)
     assert bucket.uploads() == []
 
 
@@ -144,7 +144,7 @@ def test_output_of_another_run_on_a_later_page(url: str, options: dict[str, Any]
 
     assert sorted(Short(url, options).objects()) == [bucket.key(name) for name in ("a.txt", "b.txt", "c.parquet")]
     with pytest.raises(DataError, match=r"another run \(such as c.parquet"):
-        s3.S3Committer(Short(url, options), ".parquet", True).recover([], fresh=True)
+        s3.S3Committer(Short(url, options), (".parquet",), True).recover([], fresh=True)
 
 
 def test_spool_is_removed(url: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
