@@ -131,6 +131,7 @@ class Plan:
             ),
             allow_dropped=self.allow_dropped,
             endless=frozenset(name for name, s in self.sources().items() if not s.source.bounded),
+            whole=frozenset(o.id for o in self.sinks().values() if getattr(o.factory.committer(), "whole", False)),
             aligned=frozenset(
                 name
                 for name, s in self.sources().items()

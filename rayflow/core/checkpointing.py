@@ -2,6 +2,8 @@
 
 C2  `Complete` goes out only after `ManifestWritten`; complete(n) implies everything <= n.
 C4  ids strictly increase and none is used twice; a failover goes on counting.
+S1  sinks that commit as a whole are committed by the coordinator before any subtask is told `Complete`: until then the
+    subtasks name what they prepared again, so that no later manifest can forget what is not committed yet.
 C5  the files of a checkpoint are discarded only when no write of its manifest was ever sent out.
 
 **A manifest that becomes durable after its checkpoint was aborted.** `ManifestFailed` may mean that the outcome is
@@ -19,8 +21,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from rayflow.core.checkpoint import AckOutcome, CheckpointState, PendingCheckpoint
-from rayflow.core.events import DiscardCheckpoint, Retain, WriteManifest
-from rayflow.core.ids import CheckpointId, SubtaskId
+from rayflow.core.events import CommitWhole, DiscardCheckpoint, Retain, WriteManifest
+from rayflow.core.ids import Attempt, CheckpointId, SubtaskId
 from rayflow.core.manifest import SplitState
 from rayflow.core.messages import Abort, Acknowledge, CheckpointKind, Complete, Decline, FailureCause, Trigger
 from rayflow.core.roster import Heard, Roster, SubtaskState
@@ -79,6 +81,7 @@ class Checkpointing:
         self._last_reason = ""  # why the last one was aborted
         self.unresolved: set[CheckpointId] = set()  # manifest writes sent out, outcome unknown, not superseded
         self.ending: tuple[CheckpointId, CheckpointKind] | None = None  # durable; the job ends when all committed it
+        self._uncommitted: set[CheckpointId] = set()  # durable, and the coordinator's own commit has not been answered
         self._committed: dict[SubtaskId, CheckpointId] = {}  # the highest each subtask has answered in this attempt
         self._deadline = 0.0  # of the pending one; restarts when its manifest write goes out; then of the last commits
         self._last_start = 0.0
@@ -95,6 +98,7 @@ class Checkpointing:
         self.failures_in_a_row = 0
         self._end_is_next = False
         self.ending = None
+        self._uncommitted.clear()
         self._committed.clear()
 
     def abandon(self, reason: str, now: float, *, discard: bool = True) -> None:
@@ -103,6 +107,7 @@ class Checkpointing:
         ``discard=False`` leaves storage alone: a coordinator that was fenced may not own the id any more (C8).
         """
         self.ending = None
+        self._uncommitted.clear()
         self._abort(reason, now, tell=False, discard=discard)
 
     def recovered(self, last: CheckpointId | None, next_checkpoint: CheckpointId) -> None:
@@ -243,8 +248,23 @@ class Checkpointing:
             self.ending = (checkpoint, p.kind)
             self._deadline = now + self._times.timeout_s
         self._note(CHECKPOINT_COMPLETED, f"{checkpoint} ({p.kind.value}) in {now - p.triggered_at:.3f} s", now)
-        self._roster.send_all(Complete(checkpoint))
+        if self._topology.whole:
+            self._uncommitted.add(checkpoint)
+            self._out.put(CommitWhole(p.attempt, checkpoint, p.snapshots()))
+        else:
+            self._roster.send_all(Complete(checkpoint))
         self._out.put(Retain(checkpoint))
+        return Heard.ACCEPTED
+
+    def whole_answered(self, attempt: Attempt, checkpoint: CheckpointId, *, committed: bool) -> Heard:
+        """The coordinator's own commit is done, or has failed; ACCEPTED when the present attempt waited for it."""
+        if attempt != self._roster.attempt:
+            return Heard.STALE  # C6: the present one has committed what its manifest names
+        if checkpoint not in self._uncommitted:
+            return Heard.DUPLICATE if checkpoint < self.next_id else Heard.UNKNOWN
+        if committed:
+            self._uncommitted.discard(checkpoint)
+            self._roster.send_all(Complete(checkpoint))
         return Heard.ACCEPTED
 
     def manifest_failed(self, checkpoint: CheckpointId, reason: str, now: float) -> Heard:
@@ -278,6 +298,8 @@ class Checkpointing:
             return None
         checkpoint, kind = self.ending
         missing = [str(m.subtask) for m in self._roster if self._committed.get(m.subtask, 0) < checkpoint]
+        if self._uncommitted:
+            missing = [f"sink {name!r}" for name in sorted(self._topology.whole)]
         return FailureCause(
             f"checkpoint {checkpoint} ({kind.value}) is complete, but {', '.join(missing)} did not commit it within "
             f"{self._times.timeout_s:g} s",
@@ -330,4 +352,6 @@ class Checkpointing:
             assert self.ending is None, "nothing begins after the last checkpoint"
             assert (p.checkpoint in self.unresolved) == (p.state is CheckpointState.WRITING)
         assert all(n < self.next_id for n in self.unresolved)
+        assert self._topology.whole or not self._uncommitted
+        assert all(self.last_completed is not None and n <= self.last_completed for n in self._uncommitted), "C2"
         assert self.last_completed is None or all(n > self.last_completed for n in self.unresolved)

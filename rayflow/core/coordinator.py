@@ -38,6 +38,8 @@ from rayflow.core.events import (
     SinksRecovered,
     SubtaskDied,
     Tick,
+    WholeCommitted,
+    WholeFailed,
 )
 from rayflow.core.failover import Failover, LoadState, fenced_by_another, lost_commit
 from rayflow.core.ids import Attempt, CheckpointId, SubtaskId
@@ -192,6 +194,13 @@ class CoordinatorMachine:
                     self._end(JobState.FAILED, fenced_by_another(checkpoint, reason), now)
                     return Heard.ACCEPTED
                 return self._checkpointing.manifest_failed(checkpoint, reason, now)
+            case WholeCommitted(attempt, checkpoint):
+                return self._checkpointing.whole_answered(attempt, checkpoint, committed=True)
+            case WholeFailed(attempt, checkpoint, cause):
+                heard = self._checkpointing.whole_answered(attempt, checkpoint, committed=False)
+                if heard is Heard.ACCEPTED or (cause.fatal and heard is Heard.STALE):
+                    self._fail(cause, now)
+                return heard
             case Recovered():
                 return self._failover.recovered(event)
             case RecoveryFailed(cause):

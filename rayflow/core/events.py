@@ -161,6 +161,23 @@ class ManifestFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class WholeCommitted:
+    """The answer to `CommitWhole`."""
+
+    attempt: Attempt
+    checkpoint: CheckpointId
+
+
+@dataclass(frozen=True, slots=True)
+class WholeFailed:
+    """The manifest stays durable: the next attempt commits what it names before anything else (rule S1)."""
+
+    attempt: Attempt
+    checkpoint: CheckpointId
+    cause: FailureCause
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed; see `CoordinatorMachine.next_deadline`."""
 
@@ -193,6 +210,8 @@ CoordinatorEvent = (
     | SubtaskDied
     | ManifestWritten
     | ManifestFailed
+    | WholeCommitted
+    | WholeFailed
     | Tick
     | CheckpointRequested
     | CancelRequested
@@ -263,6 +282,16 @@ class WriteManifest:
 
 
 @dataclass(frozen=True, slots=True)
+class CommitWhole:
+    """The manifest is durable (rule C2): commit what these snapshots hold for sinks that commit as a whole
+    (`Topology.whole`); answer `WholeCommitted` or `WholeFailed`. Subtasks are told `Complete` only after it."""
+
+    attempt: Attempt
+    checkpoint: CheckpointId
+    snapshots: tuple[SubtaskSnapshot, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class DiscardCheckpoint:
     """Delete the files of an aborted checkpoint for which no manifest write was ever begun."""
 
@@ -324,6 +353,7 @@ CoordinatorAction = (
     | SendCommand
     | RecoverSinks
     | WriteManifest
+    | CommitWhole
     | DiscardCheckpoint
     | Retain
     | CleanUp

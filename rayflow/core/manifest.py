@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -202,7 +202,12 @@ class Manifest:
         return tuple(found.values())
 
     def committables(self, operator: str) -> tuple[Json, ...]:
-        return tuple(c.payload for sub in self.subtasks for c in sub.committables if c.operator == operator)
+        return committables_of(self.subtasks, operator)
+
+
+def committables_of(snapshots: Iterable[SubtaskSnapshot], operator: str) -> tuple[Json, ...]:
+    """What ``operator`` prepared and is to be committed: subtask by subtask, the oldest of each first."""
+    return tuple(c.payload for sub in snapshots for c in sub.committables if c.operator == operator)
 
 
 def encode(manifest: Manifest) -> bytes:

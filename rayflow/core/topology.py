@@ -31,6 +31,8 @@ class Topology:
     """Operators and sources that need not be there any more: what a checkpoint holds of them is left behind."""
     endless: frozenset[str] = frozenset()
     """Sources whose splits never end: each subtask has its share of them from the beginning."""
+    whole: frozenset[str] = frozenset()
+    """Sinks whose output the coordinator commits, once a checkpoint and for all subtasks together."""
     aligned: frozenset[str] = frozenset()
     """Sources that wait for each other when they drift apart (`rayflow.core.drift`)."""
     _inputs: dict[SubtaskId, tuple[ChannelId, ...]] = field(init=False, repr=False, compare=False)

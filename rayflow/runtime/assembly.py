@@ -54,14 +54,17 @@ def outputs_of(plan: Plan, subtask: SubtaskId) -> list[ChannelId]:
 
 
 def committers_of(
-    plan: Plan, chains: Collection[Chain], *, run_id: str, staging: Staging | None
+    plan: Plan, chains: Collection[Chain], *, run_id: str, staging: Staging | None, whole: bool
 ) -> dict[str, Committer]:
-    """New committers by operator id, opened, of those sinks in ``chains`` that need one. Raises what opening raises."""
+    """New committers by operator id, opened, of those sinks in ``chains`` that need one. Raises what opening raises.
+
+    Without ``whole`` those are left out that only the coordinator may use (`Committer.whole`).
+    """
     made: dict[str, Committer] = {}
     for chain in chains:
         for operator in chain.operators:
             committer = operator.factory.committer() if operator.is_sink else None
-            if committer is not None:
+            if committer is not None and (whole or not committer.whole):
                 committer.open(
                     CommitterContext(plan.name, run_id, operator.id, operator.title, chain.parallelism, staging)
                 )
@@ -130,7 +133,9 @@ class Parts:
     def uploads(self, store: SnapshotStore, restored: Sequence[StateHandle] = ()) -> Uploads:
         """``restored``: what this attempt begins with; the pieces in it need not be written again."""
         own = [clip(h, self.key_groups, self._spec.plan.max_parallelism) for h in restored if not self._is_dealt(h)]
-        committers = committers_of(self._spec.plan, (self._plan,), run_id=self._run_id, staging=self._spec.staging)
+        committers = committers_of(
+            self._spec.plan, (self._plan,), run_id=self._run_id, staging=self._spec.staging, whole=False
+        )
         return Uploads(self._subtask, self._plan.parallelism, store, committers, own)
 
     def _is_dealt(self, handle: StateHandle) -> bool:

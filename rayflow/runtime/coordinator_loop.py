@@ -15,6 +15,7 @@ from rayflow.config import CheckpointConfig, JobConfig, duration_us
 from rayflow.core.coordinator import CoordinatorMachine, CoordinatorSettings
 from rayflow.core.events import (
     CleanUp,
+    CommitWhole,
     CoordinatorAction,
     CoordinatorEvent,
     DiscardCheckpoint,
@@ -34,10 +35,12 @@ from rayflow.core.events import (
     SinksRecovered,
     StartSubtask,
     StopSubtask,
+    WholeCommitted,
+    WholeFailed,
     WriteManifest,
 )
 from rayflow.core.ids import Attempt, CheckpointId, SubtaskId
-from rayflow.core.manifest import Manifest, SplitState, SubtaskSnapshot
+from rayflow.core.manifest import Manifest, SplitState, SubtaskSnapshot, committables_of
 from rayflow.core.messages import CommandEnvelope, FailureCause
 from rayflow.errors import CorruptCheckpointError, DataError, FencedError, StateTooLargeError, StorageError
 from rayflow.operators.base import Committer, Staging
@@ -125,6 +128,7 @@ class CoordinatorRuntime:
         self._staging = staging
         self._committers: dict[str, Committer] | None = None
         """Opened once it is known for whom: when the directory has been claimed."""
+        self._titles = {o.id: o.title for o in plan.sinks().values()}
         self._operators = {o.id: o.title for o in plan.operators().values() if o.stateful}
         self.checkpoint_figures = dict.fromkeys(CHECKPOINT_FIGURES, 0.0)
         """Over all checkpoints that were acknowledged by everybody; see `CHECKPOINT_FIGURES`."""
@@ -158,6 +162,8 @@ class CoordinatorRuntime:
                     self._host.background(self._recover_sinks(attempt, manifest))
                 case WriteManifest():
                     self._host.background(self._write_manifest(action))
+                case CommitWhole():
+                    self._host.background(self._commit_whole(action))
                 case DiscardCheckpoint(checkpoint):
                     self._host.background(_quietly(self._store.discard, checkpoint))
                 case Retain(newest):
@@ -204,7 +210,9 @@ class CoordinatorRuntime:
             self._incarnation = self._store.latest(self._incarnation, unresolved)
         found = self._incarnation
         if self._committers is None:
-            self._committers = committers_of(self._plan, self._plan.chains, run_id=found.life, staging=self._staging)
+            self._committers = committers_of(
+                self._plan, self._plan.chains, run_id=found.life, staging=self._staging, whole=True
+            )
         if found.manifest is not None:
             self.outcome.manifest = found.manifest
         # A source that the checkpoint has not seen is new in the flow, and is read from its beginning.
@@ -271,6 +279,26 @@ class CoordinatorRuntime:
             return ManifestWritten(manifest.checkpoint)
 
         return write
+
+    def _commit_whole(self, action: CommitWhole) -> Callable[[], CoordinatorEvent]:
+        """In order behind the write of the manifest, and before that of any later one."""
+
+        def commit() -> CoordinatorEvent:
+            step = ""
+            try:
+                # A later run may have gone on from before this checkpoint: then it is not to be committed any more.
+                self._store.check_owner()
+                for operator, committer in (self._committers or {}).items():
+                    step = self._titles[operator]
+                    payloads = committables_of(action.snapshots, operator)
+                    if committer.whole and payloads:
+                        committer.commit(payloads)
+            except Exception as error:
+                cause = cause_of(error, where=f"commit of step {step!r}", fatal=(FencedError,))
+                return WholeFailed(action.attempt, action.checkpoint, cause)
+            return WholeCommitted(action.attempt, action.checkpoint)
+
+        return commit
 
     def _count(self, snapshots: Sequence[SubtaskSnapshot]) -> None:
         figures = self.checkpoint_figures

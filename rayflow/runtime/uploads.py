@@ -115,7 +115,10 @@ class Uploads:
         return SubtaskSnapshot(self._subtask, written.handles, splits, committables, stats)
 
     def commit(self, checkpoint: CheckpointId) -> None:
-        """``checkpoint`` is complete: commit all that was prepared up to it (rule C2)."""
+        """``checkpoint`` is complete: commit all that was prepared up to it (rule C2).
+
+        What has no committer here was committed by the coordinator before it told this (`Committer.whole`).
+        """
         self._let_go(checkpoint)
         due = [(of, c) for of, c in self._prepared if of <= checkpoint]
         for operator, committer in self._committers.items():

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pytest
 
 import rayflow as rf
 from rayflow.core.ids import CheckpointId
+from rayflow.errors import CommitLostError, ConnectorError
 from rayflow.graph import Node
 from rayflow.operators.base import Committer, CommitterContext, FrozenState, OperatorContext, SinkOperator
 from rayflow.stream import Sink
@@ -28,6 +30,7 @@ class Keeping(Committer):
 
     def commit(self, committables: Sequence[Any]) -> None:
         self.said.append(("commit", self.ctx))
+        self.said.append(("payloads", sorted(committables)))
 
     def recover(self, committables: Sequence[Any], *, fresh: bool) -> None:
         self.said.append(("recover", self.ctx))
@@ -41,23 +44,24 @@ class KeepingSink(SinkOperator):
         self.said.append(("context", self.ctx))
 
     def snapshot(self, checkpoint: CheckpointId) -> FrozenState | None:
-        return FrozenState(prepare=lambda: [int(checkpoint)])
+        return FrozenState(prepare=lambda: [f"{self.ctx.subtask} of {checkpoint}"])
 
 
 @dataclass(frozen=True, eq=False)
 class KeepingFactory:
     said: Said = field(default_factory=list)
+    make: type[Keeping] = Keeping
     stateful = False
 
     def build(self) -> SinkOperator:
         return KeepingSink(self.said)
 
     def committer(self) -> Committer:
-        return Keeping(self.said)
+        return self.make(self.said)
 
 
-def run(where: Path | None, **options: Any) -> Said:
-    factory = KeepingFactory()
+def run(where: Path | None, *, make: type[Keeping] = Keeping, **options: Any) -> Said:
+    factory = KeepingFactory(make=make)
     node = Node("write", operator=factory, inputs=(rf.from_arrow(pa.table({"v": [1]}))._input(),), name="out")
     checkpoints = None if where is None else rf.CheckpointConfig(str(where), storage_options={"auto_mkdir": True})
     rf.Flow("f", Sink(node)).run(local=True, checkpoints=checkpoints, **options)
@@ -70,7 +74,7 @@ def contexts(said: Said) -> list[CommitterContext]:
 
 def test_coordinator_and_subtasks_open_their_own_with_the_same_context(tmp_path: Path) -> None:
     said = run(tmp_path)
-    assert [what for what, _ in said if what != "context"] == ["open", "recover", "open", "commit"]
+    assert [what for what, _ in said if what not in ("context", "payloads")] == ["open", "recover", "open", "commit"]
     (ctx,) = set(map(str, contexts(said)))
     assert ctx == "step 'out'"
     first = contexts(said)[0]
@@ -96,3 +100,41 @@ def test_without_a_place_there_is_no_staging() -> None:
     found = contexts(run(None))[0]
     assert found.staging is None
     assert found.run_id
+
+
+class Whole(Keeping):
+    whole = True
+
+
+class FailsOnce(Whole):
+    def commit(self, committables: Sequence[Any]) -> None:
+        super().commit(committables)
+        if sum(what == "commit" for what, _ in self.said) == 1:
+            raise ConnectorError("the lake is down")
+
+    def recover(self, committables: Sequence[Any], *, fresh: bool) -> None:
+        self.said.append(("recovered", sorted(committables)))
+
+
+class Gone(Whole):
+    def commit(self, committables: Sequence[Any]) -> None:
+        raise CommitLostError("step 'out': it is gone")
+
+
+def test_one_commit_a_checkpoint_by_the_coordinator_alone(tmp_path: Path) -> None:
+    said = run(tmp_path, make=Whole, parallelism=2)
+    assert [what for what, _ in said if what == "open"] == ["open"], "subtasks have none"
+    assert [payloads for what, payloads in said if what == "payloads"] == [["0 of 1", "1 of 1"]]
+
+
+def test_a_commit_that_fails_is_made_good_by_the_recovery_from_the_same_manifest(tmp_path: Path) -> None:
+    said = run(tmp_path, make=FailsOnce, parallelism=2)
+    recovered = [payloads for what, payloads in said if what == "recovered"]
+    assert recovered == [[], ["0 of 1", "1 of 1"]]
+    manifests = [path.parent.name for path in tmp_path.glob("f/chk-*/manifest.json")]
+    assert sorted(manifests) == ["chk-00000001", "chk-00000002"]
+
+
+def test_a_lost_commit_ends_the_job(tmp_path: Path) -> None:
+    with pytest.raises(rf.JobFailedError, match="step 'out': it is gone"):
+        run(tmp_path, make=Gone)

@@ -29,6 +29,10 @@ class Target:
         self.prepared: dict[str, list[Row]] = {}
         self.committed: dict[str, list[Row]] = {}
         self.commit_calls: list[tuple[str, ...]] = []
+        self.whole = False
+        """The coordinator commits, and each time all that one durable manifest names (`Committer.whole`)."""
+        self.named_by: Callable[[Sequence[str]], bool] = lambda tokens: True
+        """Whether one durable manifest names exactly these tokens."""
         self.checkpoint_of: dict[str, CheckpointId] = {}
         """Token -> the checkpoint for which its rows were cut off."""
         self.alone = True
@@ -110,7 +114,7 @@ class FakeSink:
         return FakeSinkOperator(self)
 
     def committer(self) -> Committer | None:
-        return FakeCommitter(self.target)
+        return WholeCommitter(self.target) if self.target.whole else FakeCommitter(self.target)
 
 
 @dataclass(eq=False)
@@ -128,6 +132,15 @@ class FakeCommitter(Committer):
             self.target.prepared.clear()
         if self.target.prepared:
             raise Violation(f"S1: the job is over and {sorted(self.target.prepared)} are prepared and not committed")
+
+
+class WholeCommitter(FakeCommitter):
+    whole = True
+
+    def commit(self, committables: Sequence[Any]) -> None:
+        if not self.target.named_by([str(c) for c in committables]):
+            raise Violation(f"S1: {committables} are committed by themselves: no durable manifest names just these")
+        super().commit(committables)
 
 
 def _plain(column: pa.Array) -> pa.Array:
