@@ -152,13 +152,24 @@ class KeyedStream(Stream):
         node = keyed_steps.deduplicate(self, within=within, event_time=self._event_time, name=name)
         return DeduplicatedStream(node, event_time=self._event_time)
 
-    def top(self, n: int, *, by: str, descending: bool = True, name: str | None = None) -> Stream:
+    def top(
+        self,
+        n: int,
+        *,
+        by: str,
+        descending: bool = True,
+        emit: Literal["every", "batch"] = "every",
+        name: str | None = None,
+    ) -> Stream:
         """Rows that are among the best ``n`` of their key when they come, with their ``rank`` (1 is the best) then.
 
         Of equal values the earlier row ranks first; rows with null in ``by`` are never ranked. The ranking at any
         moment is the top ``n`` of the rows that have come out: those that fall behind are not taken back.
+
+        With ``emit="batch"`` only those that are still among the best when the batch with which they came is done, with
+        their rank then: fewer rows, and the same top ``n`` of them, as often as it happens.
         """
-        node = keyed_steps.top(self, n, by=by, descending=descending, name=name)
+        node = keyed_steps.top(self, n, by=by, descending=descending, emit=emit, name=name)
         return Stream(node, event_time=self._event_time)
 
 

@@ -36,9 +36,11 @@ def deduplicate(keyed: KeyedStream, *, within: Duration | None, event_time: str 
     return _node(keyed, "deduplicate", Deduplicate, {"within_us": within_us, "event_time": event_time}, detail, name)
 
 
-def top(keyed: KeyedStream, n: int, *, by: str, descending: bool, name: str | None) -> Node:
+def top(keyed: KeyedStream, n: int, *, by: str, descending: bool, emit: Emit, name: str | None) -> Node:
     detail = f"{n} by {', '.join(keyed._keys)}: {'highest' if descending else 'lowest'} {by}"
-    return _node(keyed, "top", Top, {"n": n, "by": by, "descending": descending}, detail, name)
+    detail += ", once a batch" if emit == "batch" else ""
+    what: dict[str, Any] = {"n": n, "by": by, "descending": descending, "emit": emit}
+    return _node(keyed, "top", Top, what, detail, name)
 
 
 def _node(keyed: KeyedStream, label: str, factory: Any, what: dict[str, Any], detail: str, name: str | None) -> Node:

@@ -1,7 +1,7 @@
 """Queries for the latest or the best rows of each key: q18, q19.
 
-Their result changes with every row that comes. The flows tell the changes: each row that is among the best when it
-comes, with its rank then. The result at any moment is the ranking of the rows told so far, and so it is read here.
+Their result changes with every row that comes. The flows tell the changes once a batch: each row that is then among the
+best and came with the batch. The result at any moment is the ranking of the rows told so far, and so it is read here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rayflow.stream import Stream
 )
 def q18(events: Events) -> Stream:
     """The last bid of each bidder on each auction."""
-    return events.bid.key_by("bidder", "auction").top(1, by="dateTime")
+    return events.bid.key_by("bidder", "auction").top(1, by="dateTime", emit="batch")
 
 
 @query(
@@ -40,4 +40,4 @@ def q19(events: Events) -> Stream:
     Which of bids of equal prices come first is open in the standard query, so prices and ranks are compared, and that
     the rows are bids.
     """
-    return events.bid.key_by("auction").top(10, by="price")
+    return events.bid.key_by("auction").top(10, by="price", emit="batch")

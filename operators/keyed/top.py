@@ -9,18 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rayflow.errors import PlanError
+from rayflow.errors import ConfigError, PlanError
 from rayflow.operators.base import MAIN, Operator
 from rayflow.operators.grouping import Int64Array, flat, plain, plain_type
-from rayflow.operators.keyed.cells import integers_of
+from rayflow.operators.keyed.cells import BoolArray, integers_of, is_number, numbers_of, store
 from rayflow.operators.keyed.keyed_operator import KeyedOperator, key_schema
-from rayflow.operators.keyed.segments import Segments
+from rayflow.operators.keyed.segments import Numbers, Segments
 from rayflow.operators.state.table import StateTable
 
 STATE: Final = "top"
@@ -36,14 +36,21 @@ class Top:
     row ranks first. ``by`` is any column with an order; NaN is the largest number; a row with null there is never
     ranked. What goes out depends on the order of the rows of each key alone. The state holds ``n`` values a key:
     ``top.1`` is the best.
+
+    ``emit="batch"``: a row goes out if it is among the best ``n`` when the batch with which it came is done, with its
+    rank then. Which rows these are depends on how the stream happens to be cut; the top ``n`` of all that have gone
+    out does not.
     """
 
     keys: tuple[str, ...]
     n: int
     by: str
     descending: bool = True
+    emit: Literal["every", "batch"] = "every"
 
     def __post_init__(self) -> None:
+        if self.emit not in ("every", "batch"):
+            raise ConfigError(f'top(emit) must be "every" or "batch", got {self.emit!r}')
         if isinstance(self.n, bool) or not isinstance(self.n, int) or not 1 <= self.n <= MOST:
             raise PlanError(f"top(n) must be a whole number from 1 to {MOST}, got {self.n!r}")
         if not isinstance(self.by, str):
@@ -109,6 +116,9 @@ class TopOperator(KeyedOperator):
             some = pa.array(rows)
             values, keys = values.take(some), [key.take(some) for key in keys]
         slots = self._table.slots(keys, insert=True)
+        if self._factory.n == 1 and is_number(values.type):
+            best = self._enter(slots, numbers_of(values, 0)[0])
+            return self._emitted(batch, rows[best], np.ones(len(best), np.int64))
         worst = self._table.get(slots, f"top.{self._factory.n}")
         good = np.flatnonzero(self._better(values, worst))
         if len(good) == 0:
@@ -117,8 +127,38 @@ class TopOperator(KeyedOperator):
         ranks = self._advance(segments, values.take(pa.array(good[segments.order])))
         ranks = ranks[segments.inverse()]
         entered = ranks <= self._factory.n
-        columns = batch.take(pa.array(rows[good[entered]])).columns
-        return [(pa.RecordBatch.from_arrays([*columns, pa.array(ranks[entered])], schema=self._output), MAIN)]
+        return self._emitted(batch, rows[good[entered]], ranks[entered])
+
+    def _emitted(
+        self, batch: pa.RecordBatch, rows: Int64Array, ranks: Int64Array
+    ) -> Sequence[tuple[pa.RecordBatch, str]]:
+        """These rows, which are in ascending order."""
+        some = batch if len(rows) == batch.num_rows else batch.take(pa.array(rows))
+        return [(pa.RecordBatch.from_arrays([*some.columns, pa.array(ranks)], schema=self._output), MAIN)]
+
+    def _enter(self, slots: Int64Array, values: Numbers) -> Int64Array:
+        """Which rows become the best one of their key, in ascending order; the table then holds it. For n = 1 and
+        numbers: there one comparison decides, and nothing is sorted by value."""
+        table, descending = self._table, self._factory.descending
+        scores = comparable(values, descending)
+        good = ~table.valid("top.1")[slots] | (scores > comparable(table.numbers("top.1")[slots], descending))
+        rows = np.flatnonzero(good)
+        if len(rows) == 0:
+            return rows
+        segments = Segments.of(slots[rows])
+        rising = scores[rows[segments.order]]
+        entered: BoolArray = np.ones(len(rows), np.bool_)
+        if not segments.distinct:
+            best = segments.scan(np.maximum, rising[segments.starts], rising)
+            entered[1:] = rising[1:] > best[:-1]
+            entered[segments.starts] = True
+        last = np.maximum.reduceat(np.where(entered, np.arange(len(rows)), -1), segments.starts)
+        winners = rows[segments.order[last]]
+        store(table, "top.1", segments.heads, values[winners])
+        table.touch(segments.heads)
+        if self._factory.emit == "batch":
+            return np.sort(winners)
+        return rows if entered.all() else np.sort(rows[segments.order[entered]])
 
     def _better(self, values: pa.Array, others: pa.Array) -> np.ndarray[Any, Any]:
         """Which values are strictly better; everything is better than null."""
@@ -152,6 +192,7 @@ class TopOperator(KeyedOperator):
         score[column.is_null().to_numpy(zero_copy_only=False)] = -1
         rising = score[seeded:]
         ranks = np.full(len(values), n + 1)
+        final = np.full(len(values), n + 1)
         for place in range(n):
             before = score[place * len(heads) : (place + 1) * len(heads)]
             best = segments.scan(np.maximum, before, rising)
@@ -163,8 +204,26 @@ class TopOperator(KeyedOperator):
             last = best[segments.ends]
             chosen = pa.array(by_score[np.maximum(last, 0)].astype(np.int64), mask=last < 0)
             self._table.set(heads, f"top.{place + 1}", column.take(chosen))
+            holders = by_score[last[last >= 0]].astype(np.int64) - seeded
+            final[holders[holders >= 0]] = place + 1
             rising = np.minimum(rising, held)
-        return ranks
+        return final if self._factory.emit == "batch" else ranks
 
 
-__all__ = ["MOST", "RANK", "STATE", "Top", "TopOperator"]
+def comparable(values: Numbers, descending: bool) -> Int64Array:
+    """As int64, of which the larger one is better. NaN is the largest number, and -0.0 is 0.0."""
+    scores: Int64Array
+    if values.dtype.kind == "f":
+        plain = values.astype(np.float64) + 0.0
+        plain[np.isnan(plain)] = np.nan
+        # The bits of floats are in their order, but those of negative ones are backwards.
+        bits = plain.view(np.int64)
+        scores = bits ^ ((bits >> 63) & np.iinfo(np.int64).max)
+    elif values.dtype == np.uint64:
+        scores = (values ^ np.uint64(1 << 63)).view(np.int64)
+    else:
+        scores = values.astype(np.int64, copy=False)
+    return scores if descending else ~scores
+
+
+__all__ = ["MOST", "RANK", "STATE", "Top", "TopOperator", "comparable"]

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -88,6 +89,56 @@ def test_the_ranking_at_any_moment_is_the_top_of_what_came_out() -> None:
         found = run(Top(keys=("k",), n=3, by="v"), table.slice(0, until), Way([10, 20]))
         assert sorted(r["v"] for r in found)[-3:] == sorted(values[:until])[-3:]
         assert len(found) < until or until < 10
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(ROW, max_size=50), WAYS, st.integers(1, 4), st.sampled_from(["v", "f", "w", "d"]), st.booleans())
+def test_once_a_batch_the_top_of_what_came_out_is_the_same(
+    data: list[tuple[Any, ...]], way: Way, n: int, by: str, descending: bool
+) -> None:
+    table = table_of(SCHEMA, data)
+    few = run(Top(keys=("k",), n=n, by=by, descending=descending, emit="batch"), table, way)
+    every = run(Top(keys=("k",), n=n, by=by, descending=descending), table, way)
+    assert len(few) <= len(every)
+    names = SCHEMA.names
+
+    def best(found: list[dict[str, Any]]) -> dict[Any, list[Any]]:
+        """Row by row the model takes what came out, by the order of the rows of each key."""
+        told = _model([tuple(row[name] for name in names) for row in found], n, by, descending)
+        keys = by_key(told, ("k",))
+        return {key: sorted(map(repr, _ranking(rows, n, by, descending))) for key, rows in keys.items()}
+
+    assert best(few) == best(every)
+
+
+def _ranking(rows: list[dict[str, Any]], n: int, by: str, descending: bool) -> list[Any]:
+    ranking: list[Any] = []
+    for row in rows:
+        ranking.insert(row["rank"] - 1, row[by])
+    return ranking[:n]
+
+
+def test_once_a_batch_ranks_are_those_when_the_batch_is_done() -> None:
+    table = table_of(SCHEMA, [(1, v, None, str(at), None) for at, v in enumerate([3, 9, 5, 1, 7, 8])])
+    for n, wanted in ((1, [("1", 1)]), (2, [("1", 1), ("2", 2), ("5", 2)])):
+        found = run(Top(keys=("k",), n=n, by="v", emit="batch"), table, Way([3]))
+        assert [(r["w"], r["rank"]) for r in found] == wanted
+
+
+@pytest.mark.parametrize("kind", [pa.int8(), pa.uint16(), pa.int64(), pa.uint64(), pa.float32(), pa.float64()])
+@pytest.mark.parametrize("descending", [True, False])
+def test_numbers_of_every_width_are_ranked_as_they_are_sorted(kind: pa.DataType, descending: bool) -> None:
+    bits = kind.bit_width
+    raw = [0, 1, 2, (1 << (bits - 1)) - 1, (1 << (bits - 1)), (1 << bits) - 1]
+    column = pa.Array.from_buffers(
+        kind, len(raw), [None, pa.py_buffer(b"".join(r.to_bytes(bits // 8, "little") for r in raw))]
+    )
+    column = column.filter(pc.invert(pc.is_nan(column))) if pa.types.is_floating(kind) else column
+    table = pa.table({"k": pa.nulls(len(column), pa.int8()), "v": column})
+    ordered = table.sort_by([("v", "ascending" if descending else "descending")])
+    assert len(run(Top(keys=("k",), n=1, by="v", descending=descending), ordered, Way([2, 3]))) >= len(column) - 1
+    backwards = table.sort_by([("v", "descending" if descending else "ascending")])
+    assert len(run(Top(keys=("k",), n=1, by="v", descending=descending), backwards, Way([2, 3]))) == 1
 
 
 def test_of_equal_values_the_earlier_row_ranks_first() -> None:
