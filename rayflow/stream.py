@@ -348,6 +348,66 @@ class Stream(WritesFiles):
 
     # ---------------------------------------------------------------------------------------------------------- sinks
 
+    def write_postgres(
+        self,
+        table: str,
+        *,
+        url: str,
+        key: str | Sequence[str] | None = None,
+        guarantee: Literal["upsert", "two_phase", "wal", "at_least_once"] | None = None,
+        schema: str = "public",
+        create: Literal["if_missing"] | None = "if_missing",
+        batch_rows: int = 131_072,
+        name: str | None = None,
+    ) -> Sink:
+        """Rows into a PostgreSQL table, appended or, with ``key``, inserted or replaced; see docs/sql.md.
+
+        ``guarantee``: ``"upsert"`` (default with a key) writes at once and repeats itself after a failure, ``"wal"``
+        (default without) keeps rows beside the checkpoints and writes a checkpoint in one transaction when it is
+        complete, ``"two_phase"`` prepares a transaction in each subtask, ``"at_least_once"`` appends at once.
+        """
+        from rayflow.sql import write_postgres
+
+        return write_postgres(
+            self, table, url=url, key=key, guarantee=guarantee, schema=schema, create=create, batch_rows=batch_rows,
+            name=name,
+        )  # fmt: skip
+
+    def write_sqlite(
+        self,
+        table: str,
+        *,
+        path: str,
+        key: str | Sequence[str] | None = None,
+        create: Literal["if_missing"] | None = "if_missing",
+        name: str | None = None,
+    ) -> Sink:
+        """Exactly-once rows into a table of a SQLite file, a checkpoint at a time; needs a checkpoint directory."""
+        from rayflow.sql import write_sqlite
+
+        return write_sqlite(self, table, path=path, key=key, create=create, name=name)
+
+    def write_duckdb(
+        self,
+        table: str,
+        *,
+        path: str,
+        key: str | Sequence[str] | None = None,
+        create: Literal["if_missing"] | None = "if_missing",
+        name: str | None = None,
+    ) -> Sink:
+        """Exactly-once rows into a table of a DuckDB file, a checkpoint at a time; needs a checkpoint directory."""
+        from rayflow.sql import write_duckdb
+
+        return write_duckdb(self, table, path=path, key=key, create=create, name=name)
+
+    def for_each_batch(self, fn: Callable[[int, int, pa.Table], object], *, name: str | None = None) -> Sink:
+        """``fn(checkpoint, subtask, table)`` with all rows of a subtask once their checkpoint is complete; at least
+        once: after a crash it may be called again with the same checkpoint, subtask and rows."""
+        from rayflow.sql import for_each_batch
+
+        return for_each_batch(self, fn, name=name)
+
     def collect(self, *, name: str | None = None) -> Sink:
         """Rows come back in `JobResult.table`; exactly-once, because they are part of the job's state."""
         return self._sink("collect", CollectSink(), name=name)
