@@ -7,7 +7,7 @@ these rows too, and a small window of that time holds all bids of an auction.
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -93,34 +93,30 @@ def q5(events: Events) -> Stream:
     return hottest.select("auction", "num", "starttime")
 
 
-class AverageOfTen(rf.KeyedProcess):
-    """Of each seller: when an auction has closed, the mean of its price and those of the ten that closed before.
-
-    Auctions come in any order, so each waits for its time; a microsecond more, for others that close in the same one.
-    """
+class MovingAverage(rf.KeyedProcess):
+    """Of each seller: the mean of the price of a row and those of the ten before it, for rows that come in order."""
 
     output = pa.schema([("seller", pa.int64()), ("id", pa.int64()), ("average", pa.float64())])
-    waiting = rf.ListState(pa.struct([("closed", pa.timestamp("us")), ("id", pa.int64()), ("price", pa.int64())]))
-    recent = rf.ListState(pa.int64())
+    recent = rf.ValueState(pa.list_(pa.int64()))
 
-    def process(self, key: int, rows: pa.RecordBatch, ctx: Any) -> None:
-        for row in rows.select(["closed", "id", "price"]).to_pylist():
-            self.waiting.append(row)
-            ctx.timer(row["closed"] + timedelta(microseconds=1))
-
-    def on_timer(self, key: int, time: int, ctx: Any) -> None:
-        waiting = sorted(self.waiting, key=lambda row: (row["closed"], row["id"]))
-        due = [row for row in waiting if micros(row["closed"]) < time]
-        prices = list(self.recent)
-        for row in due:
-            prices = [*prices, row["price"]][-11:]
-            ctx.emit({"seller": key, "id": row["id"], "average": sum(prices) / len(prices)})
-        self.waiting.update(waiting[len(due) :])
-        self.recent.update(prices)
-
-
-def micros(time: datetime) -> int:
-    return (time - datetime(1970, 1, 1)) // timedelta(microseconds=1)  # noqa: DTZ001
+    def process_batch(self, batch: pa.RecordBatch, ctx: Any) -> None:
+        keys, recent = np.arange(ctx.keys.num_rows), self.recent.get(ctx)
+        held = pc.list_value_length(recent).fill_null(0).to_numpy()
+        # All prices of a seller one after the other, those of earlier batches first.
+        sellers = np.concatenate([np.repeat(keys, held), ctx.index])
+        order = np.argsort(sellers, kind="stable")
+        prices = np.concatenate([recent.flatten().to_numpy(), batch["price"].to_numpy()])[order]
+        begins = np.searchsorted(sellers[order], keys)
+        ends = np.append(begins[1:], len(order))
+        place = np.arange(len(order))
+        first = np.maximum(place - 10, begins[sellers[order]])
+        sums = np.append(0, np.cumsum(prices))
+        averages = np.empty(len(order))
+        averages[order] = (sums[place + 1] - sums[first]) / (place + 1 - first)
+        ctx.emit({"seller": batch["seller"], "id": batch["id"], "average": averages[held.sum() :]})
+        kept = place >= np.repeat(ends - 10, ends - begins)
+        offsets = np.append(0, np.cumsum(np.minimum(ends - begins, 10))).astype(np.int32)
+        self.recent.set(ctx, pa.ListArray.from_arrays(offsets, prices[kept]))
 
 
 @query(
@@ -139,8 +135,9 @@ def q6(events: Events) -> Stream:
     The standard query orders auctions by the time of the winning bid, which is known only when they close; here they
     are in the order in which they close. Flink cannot run it.
     """
-    winners = offers(events).key_by("id", "seller").window(rf.tumbling("1s"))
-    return winners.agg(price=rf.max("price"), closed=rf.max("expires")).key_by("seller").process(AverageOfTen)
+    windows = offers(events).key_by("id", "seller").window(rf.tumbling("1s"))
+    winners = windows.agg(price=rf.max("price"), closed=rf.max("expires")).key_by("seller")
+    return winners.sort_by_event_time("closed", "id").key_by("seller").process(MovingAverage)
 
 
 @query(
