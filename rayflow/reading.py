@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from rayflow.config import Duration
+from rayflow.config import Duration, duration_us
 from rayflow.graph import Node, caller_location
 from rayflow.operators.base import Source
 from rayflow.operators.event_time import check_event_time
@@ -21,15 +21,25 @@ def read_parquet(
     path: Any,
     *,
     columns: Sequence[str] | None = None,
+    schema: pa.Schema | None = None,
+    watch: Duration | None = None,
     event_time: str | None = None,
     max_delay: Duration | None = None,
     storage_options: Mapping[str, Any] | None = None,
     parallelism: int | None = None,
     name: str | None = None,
 ) -> Stream:
-    """Rows of Parquet files: a path, glob, folder or list; any fsspec URL. Read in parallel by row groups."""
+    """Rows of Parquet files: a path, glob, folder or list; any fsspec URL. Read in parallel by row groups.
+
+    ``schema``: of the files, where they must not be looked at while the flow is built. ``watch="10s"``: go on looking
+    for new files; each is read once, whole, by one subtask, and must be complete when it appears and then not change.
+    """
     source = ParquetSource(
-        path, columns=tuple(columns) if columns is not None else None, storage_options=dict(storage_options or {})
+        path,
+        columns=tuple(columns) if columns is not None else None,
+        storage_options=dict(storage_options or {}),
+        file_schema=schema,
+        watch_s=_seconds(watch, "read_parquet"),
     )
     return read_source(
         source, event_time=event_time, max_delay=max_delay, parallelism=parallelism, name=name, label="read_parquet",
@@ -46,6 +56,7 @@ def read_csv(
     null_values: Sequence[str] | None = None,
     newlines_in_values: bool = False,
     on_error: Literal["fail", "skip"] = "fail",
+    watch: Duration | None = None,
     event_time: str | None = None,
     max_delay: Duration | None = None,
     storage_options: Mapping[str, Any] | None = None,
@@ -55,6 +66,7 @@ def read_csv(
     """Rows of CSV files, read in parallel by byte ranges; without ``schema`` the first block decides the types.
 
     ``on_error="fail"`` names file, row and text of a row that does not fit; ``"skip"`` counts it.
+    ``watch`` as in `read_parquet`; it needs ``schema``.
     """
     source = CsvSource(
         path,
@@ -65,6 +77,7 @@ def read_csv(
         newlines_in_values=newlines_in_values,
         on_error=on_error,
         storage_options=dict(storage_options or {}),
+        watch_s=_seconds(watch, "read_csv"),
     )
     return read_source(
         source, event_time=event_time, max_delay=max_delay, parallelism=parallelism, name=name, label="read_csv",
@@ -77,14 +90,24 @@ def read_json(
     *,
     schema: pa.Schema | None = None,
     on_error: Literal["fail", "skip"] = "fail",
+    watch: Duration | None = None,
     event_time: str | None = None,
     max_delay: Duration | None = None,
     storage_options: Mapping[str, Any] | None = None,
     parallelism: int | None = None,
     name: str | None = None,
 ) -> Stream:
-    """Rows of newline-delimited JSON files, read in parallel by byte ranges."""
-    source = JsonSource(path, schema=schema, on_error=on_error, storage_options=dict(storage_options or {}))
+    """Rows of newline-delimited JSON files, read in parallel by byte ranges.
+
+    ``watch`` as in `read_parquet`; it needs ``schema``.
+    """
+    source = JsonSource(
+        path,
+        schema=schema,
+        on_error=on_error,
+        storage_options=dict(storage_options or {}),
+        watch_s=_seconds(watch, "read_json"),
+    )
     return read_source(
         source, event_time=event_time, max_delay=max_delay, parallelism=parallelism, name=name, label="read_json",
         detail=str(path),
@@ -156,3 +179,7 @@ def read_source(
         location=caller_location(),
     )  # fmt: skip
     return Stream(node, event_time=event_time)
+
+
+def _seconds(watch: Duration | None, function: str) -> float | None:
+    return None if watch is None else duration_us(watch, what=f"{function}(watch)", minimum_us=1_000) / 1_000_000

@@ -20,6 +20,7 @@ from rayflow.operators.sources.text_files import BOM, Opening, TextSource, one_b
 
 NULL_VALUES = ("", "NA", "N/A", "NULL", "null")
 """Read as null when not in quotes, in columns of every type."""
+_HEADER_BYTES = 64 * 1024
 
 
 class CsvSource(TextSource):
@@ -51,8 +52,11 @@ class CsvSource(TextSource):
         on_error: Literal["fail", "skip"] = "fail",
         storage_options: Mapping[str, Any] | None = None,
         columns: Sequence[str] | None = None,
+        watch_s: float | None = None,
     ) -> None:
-        super().__init__(paths, schema=schema, on_error=on_error, storage_options=storage_options, columns=columns)
+        super().__init__(
+            paths, schema=schema, on_error=on_error, storage_options=storage_options, columns=columns, watch_s=watch_s
+        )
         if len(delimiter) != 1 or ord(delimiter) > 127:
             raise ConfigError(f"read_csv(delimiter) must be one ASCII character, got {delimiter!r}")
         if newlines_in_values and on_error == "skip":
@@ -65,7 +69,9 @@ class CsvSource(TextSource):
 
     def reader(self, split: Json, position: Json, ctx: OperatorContext) -> SplitReader:
         if self.newlines_in_values:
-            return _StreamReader(self._csv_parser(self.schema()), split, int(position or 0), self.storage_options, ctx)
+            return _StreamReader(
+                self._csv_parser(self.schema(), split), split, int(position or 0), self.storage_options, ctx
+            )
         return super().reader(split, position, ctx)
 
     def _splits(self, file: FileInfo, opening: Opening) -> Iterator[tuple[str, Json]]:
@@ -77,7 +83,7 @@ class CsvSource(TextSource):
     def _opening(self, file: FileInfo) -> Opening | None:
         binary = open_binary(file.url, self.storage_options)
         try:
-            line = binary.readline(lines.BLOCK_BYTES)
+            line = _first_line(binary)
         finally:
             binary.close()
         bom = len(BOM) if line.startswith(BOM) else 0
@@ -115,14 +121,18 @@ class CsvSource(TextSource):
         )  # fmt: skip
         return parser.infer(block, skip=self.on_error == "skip")
 
-    def _parser(self, schema: pa.Schema) -> Parser:
-        return self._csv_parser(schema)
+    def _parser(self, schema: pa.Schema, split: Json) -> Parser:
+        return self._csv_parser(schema, split)
 
-    def _csv_parser(self, schema: pa.Schema) -> _CsvParser:
+    def _csv_parser(self, schema: pa.Schema, split: Json) -> _CsvParser:
         return _CsvParser(
-            names=self._names(), schema=schema, delimiter=self.delimiter, null_values=self._null_values,
-            timestamp_formats=self._timestamp_formats, newlines=self.newlines_in_values,
-        )  # fmt: skip
+            names=tuple(split["names"]) if "names" in split else self._names(),
+            schema=schema,
+            delimiter=self.delimiter,
+            null_values=self._null_values,
+            timestamp_formats=self._timestamp_formats,
+            newlines=self.newlines_in_values,
+        )
 
     def _names(self) -> tuple[str, ...]:
         """All columns in the order in which they stand in the files."""
@@ -131,6 +141,16 @@ class CsvSource(TextSource):
             self._cache["names"] = found[0].names if found else tuple(self.schema().names)
         names: tuple[str, ...] = self._cache["names"]
         return names
+
+
+def _first_line(binary: Any) -> bytes:
+    """With its end. The ``readline`` of fsspec's remote files takes no limit."""
+    line: bytes = b""
+    while len(line) < lines.BLOCK_BYTES and (more := binary.read(min(_HEADER_BYTES, lines.BLOCK_BYTES - len(line)))):
+        line += more
+        if b"\n" in more:
+            return line[: line.index(b"\n") + 1]
+    return line
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.json as pj
 
+from rayflow.core.manifest import Json
 from rayflow.operators.sources.lines import Parser, open_binary
 from rayflow.operators.sources.paths import FileInfo, Paths
 from rayflow.operators.sources.text_files import BOM, Opening, TextSource, one_batch
@@ -32,8 +33,11 @@ class JsonSource(TextSource):
         on_error: Literal["fail", "skip"] = "fail",
         storage_options: Mapping[str, Any] | None = None,
         columns: Sequence[str] | None = None,
+        watch_s: float | None = None,
     ) -> None:
-        super().__init__(paths, schema=schema, on_error=on_error, storage_options=storage_options, columns=columns)
+        super().__init__(
+            paths, schema=schema, on_error=on_error, storage_options=storage_options, columns=columns, watch_s=watch_s
+        )
 
     def _opening(self, file: FileInfo) -> Opening | None:
         binary = open_binary(file.url, self.storage_options)
@@ -48,7 +52,7 @@ class JsonSource(TextSource):
             raise pa.ArrowInvalid("there are only blank lines")
         return pj.read_json(pa.BufferReader(block), read_options=_json_options(block)).schema
 
-    def _parser(self, schema: pa.Schema) -> Parser:
+    def _parser(self, schema: pa.Schema, split: Json) -> Parser:
         return _JsonParser(schema)
 
 

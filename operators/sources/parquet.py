@@ -1,5 +1,7 @@
 """Parquet files as a source: splits are ranges of row groups, positions are row offsets in the split.
 
+With ``watch_s`` a file is one split, see `rayflow.operators.sources.watching`.
+
 A file that was read once must be there unchanged for as long as the job may go back to it (rule R2): a reader compares
 the footer with what `discover` saw and refuses a file that was replaced.
 """
@@ -19,6 +21,7 @@ from rayflow.errors import ConfigError, DataError, PlanError, StorageError
 from rayflow.operators.base import OperatorContext, Polled, Source, SplitReader
 from rayflow.operators.sources.paths import FileInfo, Paths, find_files, is_local, normalise, open_fs
 from rayflow.operators.sources.schemas import conform, describe, difference, plain, same_columns
+from rayflow.operators.sources.watching import Seen, check_interval, is_gone, none_yet, visible_files
 
 SPLIT_ROWS = 1_000_000
 """Row groups are taken together until a split has so many rows: enough work for one hand-out, little to redo."""
@@ -34,7 +37,8 @@ class ParquetSource(Source):
     """Reads Parquet files: a path, a list, a glob, a folder (all ``.parquet`` below it) or any fsspec URL of these.
 
     Batches have the columns of the file's schema, without metadata and with dictionaries decoded; with ``columns`` only
-    those, in that order. All files must have the schema of the first one (in sorted order).
+    those, in that order. All files must have ``file_schema``, or without it the schema of the first one (in sorted
+    order).
     """
 
     paths: Paths
@@ -43,6 +47,11 @@ class ParquetSource(Source):
     batch_rows: int | None = None
     """Rows of a batch; None: up to `BATCH_ROWS_MAX`, fewer where rows are wide."""
     storage_options: Mapping[str, Any] = field(default_factory=dict)
+    file_schema: pa.Schema | None = None
+    """Of the files, where it is known without looking; names, types and order count."""
+    watch_s: float | None = None
+    """Look for new files every so many seconds; then the input does not end."""
+    _watched: list[_Watched] = field(default_factory=list, init=False, repr=False, compare=False)
     _cache: dict[str, pa.Schema] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -51,6 +60,7 @@ class ParquetSource(Source):
             raise ConfigError(f"read_parquet(batch_rows) must be at least 1, got {self.batch_rows}")
         if self.columns is not None:
             object.__setattr__(self, "columns", tuple(self.columns))
+        check_interval(self.watch_s, function="read_parquet")
 
     def project(self, columns: Sequence[str]) -> ParquetSource:
         """The same source, reading only these columns."""
@@ -62,38 +72,110 @@ class ParquetSource(Source):
         Raises `DataError` for a missing or unreadable file and `PlanError` for a column that is not there.
         """
         if "schema" not in self._cache:
-            first = self._files()[0]
-            self._cache["schema"] = self._chosen(
-                plain(_footer(first.url, self.storage_options).schema.to_arrow_schema())
-            )
+            self._cache["schema"] = self._chosen(self._schema_of_files())
         return self._cache["schema"]
 
+    def declared_schema(self) -> pa.Schema | None:
+        """The schema, if that of the files was given."""
+        return None if self.file_schema is None else self.schema()
+
+    @property
+    def bounded(self) -> bool:
+        return self.watch_s is None
+
+    @property
+    def in_turns(self) -> bool:
+        return False
+
+    @property
+    def discovery_interval_s(self) -> float | None:
+        return self.watch_s
+
     def discover(self) -> Sequence[tuple[str, Json]]:
-        """Splits of about `SPLIT_ROWS` rows in reading order. Raises `DataError` when files differ in schema."""
+        """Splits of about `SPLIT_ROWS` rows in reading order, of watched files one each. Raises `DataError` when files
+        differ in schema."""
+        if self.watch_s is not None:
+            return self._discover_new()
         files = self._files()
-        with ThreadPoolExecutor(min(_FOOTER_THREADS, len(files))) as pool:
-            footers = list(pool.map(lambda file: _footer(file.url, self.storage_options), files))
-        expected = plain(footers[0].schema.to_arrow_schema())
-        self._chosen(expected)
         splits: list[tuple[str, Json]] = []
-        for file, footer in zip(files, footers, strict=True):
-            got = plain(footer.schema.to_arrow_schema())
-            if not same_columns(got, expected):
-                raise DataError(
-                    f"{file.url} has another schema than {files[0].url}: {difference(expected, got)}; "
-                    f"expected {describe(expected)}, got {describe(got)}"
-                )
+        for file, footer in self._footers(files, None if self.file_schema is None else plain(self.file_schema)):
             for first, last, rows in _ranges([footer.row_group(i).num_rows for i in range(footer.num_row_groups)]):
                 split = {"url": file.url, "nbytes": file.nbytes, "first": first, "last": last, "rows": rows}
                 splits.append((f"{file.url}#{first}-{last}", split))
         return splits
+
+    def _discover_new(self) -> Sequence[tuple[str, Json]]:
+        """All splits of files seen so far in this process; only what is new is opened."""
+        if not self._watched:
+            self._watched.append(_Watched())
+        watched = self._watched[0]
+        new = watched.seen.new(self._files(), function="read_parquet")
+        if new:
+            for file, footer in self._footers(new, self._schema_of_files()):
+                watched.seen.add(file)
+                split = {
+                    "url": file.url,
+                    "nbytes": file.nbytes,
+                    "first": 0,
+                    "last": footer.num_row_groups,
+                    "whole": True,
+                }
+                watched.splits.append((file.url, {**split, "rows": footer.num_rows}))
+        return list(watched.splits)
+
+    def _footers(
+        self, files: Sequence[FileInfo], expected: pa.Schema | None
+    ) -> Iterator[tuple[FileInfo, pq.FileMetaData]]:
+        with ThreadPoolExecutor(min(_FOOTER_THREADS, len(files))) as pool:
+            footers = list(pool.map(self._footer_of, files))
+        if expected is None:
+            assert footers[0] is not None
+            expected = plain(footers[0].schema.to_arrow_schema())
+        self._chosen(expected)
+        for file, footer in zip(files, footers, strict=True):
+            if footer is None:
+                continue
+            got = plain(footer.schema.to_arrow_schema())
+            if not same_columns(got, expected):
+                raise DataError(
+                    f"{file.url} has another schema than {self._expected_by(files)}: {difference(expected, got)}; "
+                    f"expected {describe(expected)}, got {describe(got)}"
+                )
+            yield file, footer
+
+    def _footer_of(self, file: FileInfo) -> pq.FileMetaData | None:
+        """None for a watched file that has gone since it was listed."""
+        try:
+            return _footer(file.url, self.storage_options)
+        except DataError as error:
+            if self.watch_s is not None and is_gone(error):
+                return None
+            raise
+
+    def _expected_by(self, files: Sequence[FileInfo]) -> str:
+        if self.file_schema is not None:
+            return "read_parquet(schema)"
+        return files[0].url if self.watch_s is None else "the first file seen"
 
     def reader(self, split: Json, position: Json, ctx: OperatorContext) -> SplitReader:
         return _ParquetReader(self, split, int(position or 0), ctx)
 
     def _files(self) -> tuple[FileInfo, ...]:
         assert isinstance(self.paths, tuple)
-        return find_files(self.paths, self.storage_options, (".parquet", ".pq"))
+        find = find_files if self.watch_s is None else visible_files
+        return find(self.paths, self.storage_options, (".parquet", ".pq"))
+
+    def _schema_of_files(self) -> pa.Schema:
+        if "files" not in self._cache:
+            files = () if self.file_schema is not None else self._files()
+            if self.file_schema is None and not files:
+                raise none_yet(self.paths, function="read_parquet")
+            self._cache["files"] = plain(
+                self.file_schema
+                if self.file_schema is not None
+                else _footer(files[0].url, self.storage_options).schema.to_arrow_schema()
+            )
+        return self._cache["files"]
 
     def _chosen(self, schema: pa.Schema) -> pa.Schema:
         if self.columns is None:
@@ -102,6 +184,14 @@ class ParquetSource(Source):
             if name not in schema.names:
                 raise PlanError(f"read_parquet(columns) names {name!r}, but the files have {describe(schema)}")
         return pa.schema([schema.field(name) for name in self.columns])
+
+
+class _Watched:
+    """What a source that watches has found in this process."""
+
+    def __init__(self) -> None:
+        self.seen = Seen()
+        self.splits: list[tuple[str, Json]] = []
 
 
 def _ranges(group_rows: Sequence[int]) -> Iterator[tuple[int, int, int]]:
@@ -150,6 +240,7 @@ class _ParquetReader(SplitReader):
         self._source = source
         self._url = str(split["url"])
         self._first, self._last, self._rows = int(split["first"]), int(split["last"]), int(split["rows"])
+        self._whole = bool(split.get("whole"))
         self._position = position
         self._ctx = ctx
         self._file: pq.ParquetFile | None = None
@@ -182,8 +273,9 @@ class _ParquetReader(SplitReader):
     def _start(self) -> None:
         self._file = _open(self._url, self._source.storage_options)
         meta = self._file.metadata
-        if meta.num_row_groups < self._last:
-            raise self._changed(f"{meta.num_row_groups} row groups instead of at least {self._last}")
+        if meta.num_row_groups < self._last or (self._whole and meta.num_row_groups > self._last):
+            least = "" if self._whole else "at least "
+            raise self._changed(f"{meta.num_row_groups} row groups instead of {least}{self._last}")
         sizes = [meta.row_group(i).num_rows for i in range(self._first, self._last)]
         if sum(sizes) != self._rows:
             raise self._changed(f"{sum(sizes)} rows instead of {self._rows}")

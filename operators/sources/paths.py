@@ -60,17 +60,20 @@ def open_fs(url: str, options: StorageOptions) -> tuple[Any, str]:
     return fs, str(path)
 
 
-def find_files(paths: tuple[str, ...], options: StorageOptions, suffixes: tuple[str, ...]) -> tuple[FileInfo, ...]:
+def find_files(
+    paths: tuple[str, ...], options: StorageOptions, suffixes: tuple[str, ...], *, may_be_empty: bool = False
+) -> tuple[FileInfo, ...]:
     """All files meant by ``paths``, sorted by name, each once.
 
     A folder stands for the files below it whose name ends in one of ``suffixes``; names that begin with ``_`` or ``.``
     are left out there (they are what writers keep for themselves). Raises `DataError` naming the path when a file is
-    missing or a glob or folder yields nothing, `StorageError` when the storage refuses.
+    missing or a glob or folder yields nothing, `StorageError` when the storage refuses. ``may_be_empty``: a glob, a
+    folder or, on object storage where there are no empty folders, any path may yield nothing.
     """
     found: set[FileInfo] = set()
     for url in paths:
         try:
-            here = set(_find(url, options, suffixes))
+            here = set(_find(url, options, suffixes, may_be_empty))
         except FileNotFoundError as error:
             raise DataError(f"no such file: {url!r}") from error
         except (DataError, PlanError, StorageError):
@@ -81,21 +84,23 @@ def find_files(paths: tuple[str, ...], options: StorageOptions, suffixes: tuple[
     return tuple(sorted(found))
 
 
-def _find(url: str, options: StorageOptions, suffixes: tuple[str, ...]) -> Iterable[FileInfo]:
+def _find(url: str, options: StorageOptions, suffixes: tuple[str, ...], may_be_empty: bool) -> Iterable[FileInfo]:
     fs, path = open_fs(url, options)
     if fs.isfile(path):
         return [FileInfo(url, int(fs.size(path)))]
     if any(sign in path for sign in "*?["):
         listed = {k: v for k, v in fs.glob(path, detail=True).items() if v["type"] == "file"}
-        if not listed:
+        if not listed and not may_be_empty:
             raise DataError(f"no file matches {url!r}")
     elif fs.isdir(path):
         everything = fs.find(path, detail=True)
         listed = {k: v for k, v in everything.items() if _wanted(k[len(path) :], suffixes)}
-        if not listed:
+        if not listed and not may_be_empty:
             raise DataError(f"no file ending in {' or '.join(suffixes)} below folder {url!r}")
+    elif may_be_empty and not is_local(url):
+        listed = {}
     else:
-        raise DataError(f"no such file: {url!r}")
+        raise DataError(f"no such file{' or folder' if may_be_empty else ''}: {url!r}")
     return [FileInfo(_url(url, fs, name), int(info["size"])) for name, info in listed.items()]
 
 

@@ -23,6 +23,7 @@ from rayflow.operators.sources import lines
 from rayflow.operators.sources.lines import LineBlocks, LineReader, Parser, compressed, open_binary
 from rayflow.operators.sources.paths import FileInfo, Paths, find_files, normalise
 from rayflow.operators.sources.schemas import describe, plain
+from rayflow.operators.sources.watching import Seen, check_interval, is_gone, visible_files
 
 BOM = b"\xef\xbb\xbf"
 _COMPRESSED = ("", ".gz", ".bz2", ".xz", ".zst", ".zip")
@@ -51,15 +52,25 @@ class TextSource(Source):
         on_error: Literal["fail", "skip"],
         storage_options: Mapping[str, Any] | None,
         columns: Sequence[str] | None,
+        watch_s: float | None,
     ) -> None:
         if on_error not in ("fail", "skip"):
             raise ConfigError(f'{self._function}(on_error) must be "fail" or "skip", got {on_error!r}')
+        check_interval(watch_s, function=self._function)
+        if watch_s is not None and schema is None:
+            raise ConfigError(
+                f"{self._function}(watch) needs schema=: types inferred from the files that happen to be there may not "
+                f"fit those that come"
+            )
+        self.watch_s = watch_s
         self.paths = normalise(paths)
         self.storage_options: Mapping[str, Any] = dict(storage_options or {})
         self.on_error: Literal["fail", "skip"] = on_error
         self.columns = None if columns is None else tuple(columns)
         self._given = None if schema is None else plain(schema)
         self._cache: dict[str, Any] = {}
+        self._seen = Seen()
+        self._watched: list[tuple[str, Json]] = []
 
     def project(self, columns: Sequence[str]) -> Self:
         """The same source, giving only these columns; itself where they cannot be left out.
@@ -70,7 +81,7 @@ class TextSource(Source):
             return self
         other = copy.copy(self)
         other.columns = tuple(columns)
-        other._cache = {}
+        other._cache, other._seen, other._watched = {}, Seen(), []
         return other
 
     def schema(self) -> pa.Schema:
@@ -90,8 +101,22 @@ class TextSource(Source):
         """The schema that was given; None when only the files tell."""
         return None if self._given is None else self.schema()
 
+    @property
+    def bounded(self) -> bool:
+        return self.watch_s is None
+
+    @property
+    def in_turns(self) -> bool:
+        return False
+
+    @property
+    def discovery_interval_s(self) -> float | None:
+        return self.watch_s
+
     def discover(self) -> Sequence[tuple[str, Json]]:
-        """Byte ranges of about 64 MB; one for a compressed file. Raises `DataError` when headers differ."""
+        """Byte ranges of about 64 MB; one for a compressed or watched file. Raises `DataError` when headers differ."""
+        if self.watch_s is not None:
+            return self._discover_new()
         files = self._files()
         self.schema()
         splits: list[tuple[str, Json]] = []
@@ -100,8 +125,21 @@ class TextSource(Source):
                 splits += self._splits(file, opening)
         return splits
 
+    def _discover_new(self) -> Sequence[tuple[str, Json]]:
+        """All splits of files seen so far in this process; only what is new is opened. A split knows the columns of its
+        file, because the first file may not be there any more when it is read."""
+        new = self._seen.new(self._files(), function=self._function)
+        for file, opening in zip(new, self._openings(new) if new else (), strict=True):
+            if opening is None:
+                continue
+            self._seen.add(file)
+            end = None if compressed(file.url) else file.nbytes
+            split = {"url": file.url, "start": opening.data_start, "end": end, "nbytes": end, "at_line": True}
+            self._watched.append((file.url, {**split, "names": list(opening.names)}))
+        return list(self._watched)
+
     def reader(self, split: Json, position: Json, ctx: OperatorContext) -> SplitReader:
-        return LineReader(split, position, self._parser(self.schema()), self.storage_options, self.on_error, ctx)
+        return LineReader(split, position, self._parser(self.schema(), split), self.storage_options, self.on_error, ctx)
 
     @abstractmethod
     def _infer(self, block: bytes) -> pa.Schema:
@@ -112,14 +150,17 @@ class TextSource(Source):
         """None for a file without anything in it."""
 
     @abstractmethod
-    def _parser(self, schema: pa.Schema) -> Parser: ...
+    def _parser(self, schema: pa.Schema, split: Json) -> Parser: ...
 
     def _files(self) -> tuple[FileInfo, ...]:
-        return find_files(self.paths, self.storage_options, tuple(s + c for s in self._suffixes for c in _COMPRESSED))
+        find = find_files if self.watch_s is None else visible_files
+        return find(self.paths, self.storage_options, tuple(s + c for s in self._suffixes for c in _COMPRESSED))
 
     def _openings(self, files: Sequence[FileInfo]) -> list[Opening | None]:
         with ThreadPoolExecutor(min(_HEADER_THREADS, len(files))) as pool:
-            found = list(pool.map(self._opening, files))
+            found = list(pool.map(self._opening_of, files))
+        if self.watch_s is not None:
+            return found
         known = [(file, opening) for file, opening in zip(files, found, strict=True) if opening is not None]
         for file, opening in known[1:]:
             if opening.names != known[0][1].names:
@@ -128,6 +169,14 @@ class TextSource(Source):
                     f"{', '.join(known[0][1].names)}, got {', '.join(opening.names)}"
                 )
         return found
+
+    def _opening_of(self, file: FileInfo) -> Opening | None:
+        try:
+            return self._opening(file)
+        except DataError as error:
+            if self.watch_s is not None and is_gone(error):
+                return None
+            raise
 
     def _splits(self, file: FileInfo, opening: Opening) -> Iterator[tuple[str, Json]]:
         first = opening.data_start
