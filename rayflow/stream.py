@@ -33,6 +33,7 @@ from rayflow.operators.stateless import (
     WithColumns,
 )
 from rayflow.partition import check_key_type
+from rayflow.sql import WritesTables
 
 if TYPE_CHECKING:
     from rayflow.keyed import KeyedStream
@@ -49,7 +50,7 @@ class Sink:
     node: Node
 
 
-class Stream(WritesFiles):
+class Stream(WritesFiles, WritesTables):
     """Rows on their way. Every method returns a new stream and leaves this one as it was."""
 
     def __init__(
@@ -270,8 +271,9 @@ class Stream(WritesFiles):
 
     def with_event_time(
         self,
-        column: ExprLike,
+        column: ExprLike | TimeFunction,
         *,
+        into: str = "event_time",
         max_delay: Duration | None = None,
         idle_timeout: Duration | None = None,
         max_ahead: Duration | None = None,
@@ -280,7 +282,9 @@ class Stream(WritesFiles):
         name: str | None = None,
     ) -> Stream:
         """Use ``column`` as event time: a timestamp of any unit and zone, or a date; or an expression that makes one,
-        which adds its column (``rf.col("ms").cast("timestamp[ms]").alias("time")``). Without a zone it is UTC.
+        which adds its column (``rf.col("ms").cast("timestamp[ms]").alias("time")``). Without a zone it is UTC. Or a
+        function from a record batch to the times of its rows, an Arrow array of timestamps, dates or int64 microseconds
+        since the epoch; they are added as the column ``into``, a timestamp in microseconds.
 
         ``max_delay`` bounds how late a row may come behind the latest one before it in reading order. None: rows may
         come in any order, so windows fire at the end of the input.
@@ -293,13 +297,17 @@ class Stream(WritesFiles):
         Right behind a source this is done by the source, for each of its splits where they are read side by side.
         """
         stream: Stream = self
-        if not isinstance(column, str):
+        derive = column if inspect.isfunction(column) or hasattr(type(column), "__call__") else None
+        if derive is not None:
+            column = into
+        elif not isinstance(column, str):
             expr = as_expr(column)
             column, stream = expr.output_name(), self._with({expr.output_name(): expr}, None)
         event_time = event_time_of(
             column, max_delay, idle_timeout=idle_timeout, max_ahead=max_ahead, on_ahead=on_ahead, max_drift=max_drift
         )
         assert event_time is not None
+        event_time = replace(event_time, derive=derive)
         source = stream._node if stream._node.source is not None else None
         return stream._step(
             "with_event_time",
@@ -347,66 +355,6 @@ class Stream(WritesFiles):
         return sort_by_event_time(self, ties, name=name)
 
     # ---------------------------------------------------------------------------------------------------------- sinks
-
-    def write_postgres(
-        self,
-        table: str,
-        *,
-        url: str,
-        key: str | Sequence[str] | None = None,
-        guarantee: Literal["upsert", "two_phase", "wal", "at_least_once"] | None = None,
-        schema: str = "public",
-        create: Literal["if_missing"] | None = "if_missing",
-        batch_rows: int = 131_072,
-        name: str | None = None,
-    ) -> Sink:
-        """Rows into a PostgreSQL table, appended or, with ``key``, inserted or replaced; see docs/sql.md.
-
-        ``guarantee``: ``"upsert"`` (default with a key) writes at once and repeats itself after a failure, ``"wal"``
-        (default without) keeps rows beside the checkpoints and writes a checkpoint in one transaction when it is
-        complete, ``"two_phase"`` prepares a transaction in each subtask, ``"at_least_once"`` appends at once.
-        """
-        from rayflow.sql import write_postgres
-
-        return write_postgres(
-            self, table, url=url, key=key, guarantee=guarantee, schema=schema, create=create, batch_rows=batch_rows,
-            name=name,
-        )  # fmt: skip
-
-    def write_sqlite(
-        self,
-        table: str,
-        *,
-        path: str,
-        key: str | Sequence[str] | None = None,
-        create: Literal["if_missing"] | None = "if_missing",
-        name: str | None = None,
-    ) -> Sink:
-        """Exactly-once rows into a table of a SQLite file, a checkpoint at a time; needs a checkpoint directory."""
-        from rayflow.sql import write_sqlite
-
-        return write_sqlite(self, table, path=path, key=key, create=create, name=name)
-
-    def write_duckdb(
-        self,
-        table: str,
-        *,
-        path: str,
-        key: str | Sequence[str] | None = None,
-        create: Literal["if_missing"] | None = "if_missing",
-        name: str | None = None,
-    ) -> Sink:
-        """Exactly-once rows into a table of a DuckDB file, a checkpoint at a time; needs a checkpoint directory."""
-        from rayflow.sql import write_duckdb
-
-        return write_duckdb(self, table, path=path, key=key, create=create, name=name)
-
-    def for_each_batch(self, fn: Callable[[int, int, pa.Table], object], *, name: str | None = None) -> Sink:
-        """``fn(checkpoint, subtask, table)`` with all rows of a subtask once their checkpoint is complete; at least
-        once: after a crash it may be called again with the same checkpoint, subtask and rows."""
-        from rayflow.sql import for_each_batch
-
-        return for_each_batch(self, fn, name=name)
 
     def collect(self, *, name: str | None = None) -> Sink:
         """Rows come back in `JobResult.table`; exactly-once, because they are part of the job's state."""

@@ -24,6 +24,7 @@ from rayflow.files import WritesFiles
 from rayflow.keyed import DeduplicatedStream
 from rayflow.keyed_process import ConnectedStream, ProcessResult
 from rayflow.ordered import SortedStream
+from rayflow.sql import WritesTables
 from rayflow.windowed import WindowedStream, WindowResult
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -36,7 +37,7 @@ AGGREGATES = {
 }  # fmt: skip
 FILES = {"CommittedFile", "committed_files"}
 RUNNING = {"CheckpointConfig", "Flow", "JobConfig", "JobResult", "JobStatus", "Restart", "SubtaskInfo", "attach"}
-STREAMS = {"KeyedStream", "Stream", "count_window", "every", "session", "sliding", "tumbling"}
+STREAMS = {"KeyedStream", "Stream", "count_window", "every", "global_window", "session", "sliding", "tumbling"}
 STATE = {
     "AggregatingState", "BroadcastProcess", "BroadcastState", "FrozenState", "FrozenTable", "KeyedProcess", "ListState",
     "MapState", "ReducingState", "SinkOperator", "ValueState",
@@ -56,6 +57,7 @@ METHODS = {
         "union", "with_columns", "with_event_time", "write",
     },
     WritesFiles: {"write_csv", "write_json", "write_parquet"},
+    WritesTables: {"for_each_batch", "write_duckdb", "write_postgres", "write_sqlite"},
     rf.KeyedStream: {
         "agg", "connect", "deduplicate", "join", "join_asof", "process", "reduce", "top", "window",
     },
