@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rayflow.config import CheckpointConfig, JobConfig
+from rayflow.config import CheckpointConfig, JobConfig, duration_us
 from rayflow.core.ids import CheckpointId
 from rayflow.errors import ConfigError
 from rayflow.operators.base import Staging
@@ -21,6 +21,14 @@ from rayflow.storage.store import MemoryStore, Store
 Start = str | int
 """``"latest"``: go on from the newest checkpoint; ``"fresh"``: refuse a directory that has any; a number: go back to
 that checkpoint; any other text: begin with the savepoint at this URL."""
+
+
+def _check_sinks(plan: Plan, checkpoints: CheckpointConfig | None) -> None:
+    """Sinks that depend on how long checkpoints take have ``check_checkpoints(interval_s, timeout_s)``."""
+    for operator in plan.sinks().values():
+        check = getattr(operator.factory, "check_checkpoints", None)
+        if check is not None and checkpoints is not None:
+            check(duration_us(checkpoints.interval) / 1e6, duration_us(checkpoints.timeout) / 1e6)
 
 
 def open_stores(
@@ -50,6 +58,7 @@ def open_stores(
     else:
         store = ObjectStore(job_root(checkpoints.url, plan.name), dict(checkpoints.storage_options))
     if look:
+        _check_sinks(plan, checkpoints)
         store.list(COORDINATORS)
     found = CheckpointStore(store, plan.name)
     if start == "fresh" and (old := found.list()):
