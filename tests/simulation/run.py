@@ -15,7 +15,7 @@ from rayflow.core.events import JobState
 from rayflow.runtime.assembly import JobSpec
 from rayflow.storage.retention import PINNED_KIND
 from tests.simulation.faults import FaultBudget, Faults, Violation
-from tests.simulation.scenario import Mode, Scenario, draw
+from tests.simulation.scenario import PROTOCOL, Mode, Scenario, Space, draw
 from tests.simulation.storage import Observer
 from tests.simulation.target import Row, Target
 from tests.simulation.tiny import forget_local_files, tiny
@@ -40,10 +40,12 @@ class Result:
     faults: dict[str, int] = field(default_factory=dict)
     digest: str = ""
     """Of the whole trace, if it was asked for."""
+    space: Space = PROTOCOL
 
     def report(self) -> str:
         lines = [f"seed {self.seed}: {self.violation}", f"  {self.what}", f"  faults: {self.faults}", *self.trace]
-        return "\n".join([*lines, f"replay: python -m tests.simulation --seed {self.seed}"])
+        space = "" if self.space == PROTOCOL else f"--space {self.space} "
+        return "\n".join([*lines, f"replay: python -m tests.simulation {space}--seed {self.seed}"])
 
 
 def run_seed(
@@ -54,13 +56,16 @@ def run_seed(
     keep: int | None = 60,
     digest: bool = False,
     faults: FaultBudget | None = None,
+    space: Space = PROTOCOL,
 ) -> Result:
     """Run one seed to its end. ``keep`` None keeps the whole trace."""
     rng = Random(seed)
     drawn = FaultBudget.draw(rng)
+    if space != PROTOCOL:  # state to lose comes with time: crashes are spread over the whole run
+        drawn.crash_horizon *= 20
     injected = Faults(rng, faults or drawn)
     observer = Observer()
-    scenario = draw(rng, injected, lambda: Target(injected, observer.names_token), mode)
+    scenario = draw(rng, injected, lambda: Target(injected, observer.names_token), mode, space)
     world = make_world(scenario, rng, injected, observer, keep=None if digest else keep)
     world.monitors.enabled = monitors
     violation = ""
@@ -90,6 +95,7 @@ def run_seed(
         duplicates=sum(sum((t.rows() - e).values()) for t, e in zip(scenario.targets, scenario.expected, strict=True)),
         faults=dict(injected.happened),
         digest=hashlib.sha256("\n".join(lines).encode()).hexdigest() if digest else "",
+        space=space,
     )
 
 
@@ -180,22 +186,24 @@ def sweep(
     monitors: bool = True,
     jobs: int = 1,
     broken: AbstractContextManager[None] | None = None,
+    space: Space = PROTOCOL,
 ) -> Iterator[Result]:
     """The results of all seeds, in any order with several ``jobs``."""
     if jobs == 1:
         with broken or nullcontext():
             for seed in seeds:
-                yield run_seed(seed, mode=mode, monitors=monitors)
+                yield run_seed(seed, mode=mode, monitors=monitors, space=space)
         return
     assert broken is None, "a broken engine is broken in this process only"
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        yield from pool.imap_unordered(_Task(mode, monitors), seeds, chunksize=8)
+        yield from pool.imap_unordered(_Task(mode, monitors, space), seeds, chunksize=8)
 
 
 @dataclass(frozen=True)
 class _Task:
     mode: Mode
     monitors: bool
+    space: Space
 
     def __call__(self, seed: int) -> Result:
-        return run_seed(seed, mode=self.mode, monitors=self.monitors)
+        return run_seed(seed, mode=self.mode, monitors=self.monitors, space=self.space)

@@ -25,7 +25,7 @@ from rayflow.operators.aggregates import sum as sum_of
 from rayflow.operators.windows import tumbling
 from rayflow.plan import Plan, build_plan
 from rayflow.stream import Stream
-from tests.simulation import stateful
+from tests.simulation import events, stateful
 from tests.simulation.faults import Faults
 from tests.simulation.target import FakeSink, Row, Target
 
@@ -34,6 +34,10 @@ SECOND = 1_000_000
 
 InputRow = tuple[int, int, int]
 Mode = Literal["exactly_once", "at_least_once"]
+Space = str
+"""Which flows are drawn: `PROTOCOL`, `EVENTS` or one kind of `tests.simulation.events.KINDS`."""
+PROTOCOL: Space = "protocol"
+EVENTS: Space = "events"
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,10 @@ class Draw:
         self.keys = rng.choice((1, 3, 8))
         self.delay_us = rng.choice((0, SECOND, 5 * SECOND))
         self.parallelism = rng.choice((1, 1, 2, 2, 3, 4))
+        self.sizes: tuple[int, ...] = (0, 7, 40, 80, 120, 200)
+        """Of sources, in rows."""
+        self.batches: tuple[int, ...] = (1, 3, 8)
+        """Rows of a batch of a source."""
         self.words: list[str] = []
         self.shape = ""
         self._new_target = new_target
@@ -92,12 +100,10 @@ class Draw:
 
     def source(self) -> tuple[Stream, list[InputRow]]:
         rng = self.rng
-        rows = draw_rows(rng, rng.choice((0, 7, 40, 80, 120, 200)), keys=self.keys, delay_us=self.delay_us)
-        splits, batch_rows = rng.randint(1, 5), rng.choice((1, 3, 8))
-        parallelism = rng.choice((None, None, 1, 2))
-        timing: dict[str, Any] = {"event_time": "t", "parallelism": parallelism}
-        if rng.random() < 0.8:
-            timing["max_delay"] = self.delay_us / SECOND
+        rows = draw_rows(rng, rng.choice(self.sizes), keys=self.keys, delay_us=self.delay_us)
+        splits, batch_rows = rng.randint(1, 5), rng.choice(self.batches)
+        timing = self._timing()
+        parallelism = timing["parallelism"]
         if rng.random() < 0.5:
             self.words.append(f"arrow({len(rows)} rows, {splits} splits, batches of {batch_rows}, p={parallelism})")
             return rf.from_arrow(table_of(rows), splits=splits, batch_rows=batch_rows, **timing), rows
@@ -114,7 +120,32 @@ class Draw:
         self.words.append(f"generator({len(rows)} rows, {splits} splits, batches of {batch_rows}, p={parallelism})")
         return rf.from_generator(generate, splits=splits, schema=SCHEMA, **timing), rows
 
-    def steps(self, stream: Stream, rows: list[InputRow]) -> tuple[Stream, list[InputRow]]:
+    def _timing(self) -> dict[str, Any]:
+        rng = self.rng
+        timing: dict[str, Any] = {"event_time": "t", "parallelism": rng.choice((None, None, 1, 2))}
+        if rng.random() < 0.8:
+            timing["max_delay"] = self.delay_us / SECOND
+        return timing
+
+    def ordered(self) -> tuple[Stream, list[InputRow]]:
+        """A source with all rows of a key in one split, so that they keep their order, and some steps."""
+        rng = self.rng
+        rows = draw_rows(rng, rng.choice(self.sizes), keys=self.keys, delay_us=self.delay_us)
+        splits, batch_rows = rng.randint(1, 5), rng.choice(self.batches)
+
+        def generate(split: int, position: int) -> Iterator[pa.RecordBatch]:
+            part = [row for row in rows if row[0] % splits == split]
+            for first in range(position, len(part), batch_rows):
+                yield table_of(part[first : first + batch_rows]).to_batches()[0]
+
+        self.words.append(f"ordered({len(rows)} rows, {splits} splits, batches of {batch_rows})")
+        # Steps at another parallelism than the source would get its rows round robin. Splits that end are read one
+        # after another, and each begins with the earliest times again: those with a max_delay are read in turns.
+        timing = {**self._timing(), "parallelism": None}
+        timing["bounded"] = "max_delay" not in timing
+        return self.steps(rf.from_generator(generate, splits=splits, schema=SCHEMA, **timing), rows, in_order=True)
+
+    def steps(self, stream: Stream, rows: list[InputRow], *, in_order: bool = False) -> tuple[Stream, list[InputRow]]:
         """Some stateless steps."""
         rng, faults = self.rng, self.faults
         if rng.random() < 0.4:
@@ -136,16 +167,16 @@ class Draw:
                 return batch
 
             stream = stream.map_batches(fail_sometimes, schema=stream.schema)
-        if rng.random() < 0.25:
+        if not in_order and rng.random() < 0.25:
             parallelism = rng.choice((None, 1, 2))
             self.words.append(f"rebalance(p={parallelism})")
             stream = stream.rebalance(parallelism=parallelism)
         return stream, rows
 
-    def union(self) -> tuple[Stream, list[InputRow]]:
+    def union(self, most: int = 3) -> tuple[Stream, list[InputRow]]:
         """One to three sources."""
         streams, rows = [], []
-        for _ in range(self.rng.choice((1, 1, 1, 2, 3))):
+        for _ in range(min(most, self.rng.choice((1, 1, 1, 2, 3)))):
             stream, some = self.steps(*self.source())
             streams.append(stream)
             rows += some
@@ -177,7 +208,12 @@ class Draw:
         sink = FakeSink(target, state=self.rng.random() < 0.5)
         self.sinks.append(Node("sink", (stream._input(),), sink))
 
-    def flow(self, mode: Mode) -> None:
+    def flow(self, mode: Mode, space: Space) -> None:
+        if space != PROTOCOL:
+            self.sizes, self.batches = (0, 25, 60, 60, 100), (1, 1, 3)
+            self.shape = self.rng.choice(tuple(events.KINDS)) if space == EVENTS else space
+            self.sink(*events.KINDS[self.shape](self))
+            return
         shapes = (
             ("plain", "shuffles")
             if mode == "at_least_once"
@@ -198,32 +234,39 @@ class Draw:
 
     def state(self) -> dict[str, Any]:
         """The back end. RocksDB is real, and opening one takes as long as many steps: seldom."""
-        chance = {"windows": 0.15, "two": 0.15, "keyed": 0.02}.get(self.shape, 0.0)
+        chance = {"windows": 0.15, "two": 0.15, "keyed": 0.02}.get(
+            self.shape, 0.1 if self.shape in events.KINDS else 0.0
+        )
         if self.rng.random() >= chance:
             return {"state": "fs"}
         return {"state": "rocksdb", "state_memory_bytes": self.rng.choice((64, 2_000))}
 
 
-def draw(seed_rng: Random, faults: Faults, new_target: Callable[[], Target], mode: Mode) -> Scenario:
+def draw(
+    seed_rng: Random, faults: Faults, new_target: Callable[[], Target], mode: Mode, space: Space = PROTOCOL
+) -> Scenario:
     """One scenario; ``seed_rng`` draws everything."""
     rng = seed_rng
     d = Draw(rng, faults, new_target)
-    d.flow(mode)
+    d.flow(mode, space)
+    # Windows and joins show what was lost only where checkpoints fall between two watermarks: both come often, and
+    # little is in flight, so that no source is far ahead of the barriers.
+    often = space != PROTOCOL
     max_parallelism = rng.choice((4, 13, 128))
     plan = build_plan("sim", d.sinks, parallelism=d.parallelism, max_parallelism=max_parallelism)
     config = JobConfig(
         max_parallelism=max_parallelism,
-        batch_rows=rng.choice((1, 2, 8, 1000)),
+        batch_rows=rng.choice((1, 2, 8) if often else (1, 2, 8, 1000)),
         linger=rng.choice(("0s", "1ms", "20ms")),
-        watermark_interval="100ms" if faults.budget.hangs else rng.choice(("1ms", "10ms", "100ms")),
+        watermark_interval="1ms" if often else "100ms" if faults.budget.hangs else rng.choice(("1ms", "10ms", "100ms")),
     )
     # Below what a user may ask for, so that small jobs meet backpressure.
     state = d.state()
-    for name, value in {"inflight_bytes": rng.choice((256, 256, 600, 4096)), **state}.items():
+    for name, value in {"inflight_bytes": rng.choice((160, 256) if often else (256, 256, 600, 4096)), **state}.items():
         object.__setattr__(config, name, value)
     incremental = rng.random() < 0.6
-    wait_s = rng.choice((0.0005, 0.002, 0.01))
-    interval = rng.choice((1, 1, 3, 3, 10, 30, None))
+    wait_s = rng.choice((0.002, 0.01) if often else (0.0005, 0.002, 0.01))
+    interval = rng.choice((1, 1, 1, 3, 10) if often else (1, 1, 3, 3, 10, 30, None))
     settings = CoordinatorSettings(
         # A source that finds nothing sleeps 5 ms: many more checkpoints meanwhile would be all that happens.
         interval_s=None if interval is None else max(0.002, interval * wait_s),
