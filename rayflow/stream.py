@@ -17,6 +17,7 @@ from rayflow.errors import PlanError
 from rayflow.expressions import Expr, as_expr
 from rayflow.files import WritesFiles
 from rayflow.graph import FORWARD, MAIN_TAG, Exchange, Input, Node, caller_location
+from rayflow.kafka_sink import WritesKafka
 from rayflow.operators.base import EventTime, SinkFactory
 from rayflow.operators.sinks.collect import CollectSink
 from rayflow.operators.sinks.printing import PrintSink
@@ -50,7 +51,7 @@ class Sink:
     node: Node
 
 
-class Stream(WritesFiles, WritesTables):
+class Stream(WritesFiles, WritesTables, WritesKafka):
     """Rows on their way. Every method returns a new stream and leaves this one as it was."""
 
     def __init__(
