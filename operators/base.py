@@ -21,7 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Final, Literal, Protocol
+from typing import Any, ClassVar, Final, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -439,6 +439,8 @@ class EventTime:
     """What becomes of rows further ahead."""
     max_drift_us: int | None = None
     """A source whose watermark is further ahead than this of the slowest that has such a bound stops reading."""
+    derive: Callable[[pa.RecordBatch], Any] | None = None
+    """Makes the column from the rows, which do not have it yet; see `rayflow.operators.event_time.TimeFunction`."""
 
 
 # --------------------------------------------------------------------------------------------------------------- sinks

@@ -10,17 +10,22 @@ is therefore ``newest - max_delay_us``, to the microsecond, with nothing more to
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, Literal
+from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from rayflow.core.ids import MIN_WATERMARK
-from rayflow.errors import ConfigError, DataError, PlanError
+from rayflow.errors import ConfigError, DataError, PlanError, RayflowError, UserCodeError
 from rayflow.operators.base import EventTime
 
 OnNullTime = Literal["fail", "skip"]
+TimeFunction: TypeAlias = Callable[[pa.RecordBatch], Any]
+"""User code: the event time of every row of a batch, as an Arrow array (or what becomes one) of timestamps, dates or
+int64 microseconds since the epoch. The same rows must have the same times whenever they are read."""
+DERIVED_TYPE: Final = pa.timestamp("us")
+"""Of the column that a `TimeFunction` makes; UTC."""
 
 # A window's end and a lag must not leave 64 bits. 2**62 us are 146,000 years on either side of 1970.
 TIME_BOUND_US: Final = 2**62
@@ -99,6 +104,44 @@ def _floor_thousands(ticks: pa.Array) -> pa.Array:
     return pa.array(floored, mask=ticks.is_null().to_numpy(zero_copy_only=False))
 
 
+def with_derived(batch: pa.RecordBatch, column: str, function: TimeFunction, *, where: str) -> pa.RecordBatch:
+    """``batch`` with the times of a `TimeFunction` as its last column. Raises `UserCodeError` for what the function
+    raises and for what is no time of each row."""
+    name = getattr(function, "__name__", type(function).__name__)
+    if column in batch.schema.names:
+        raise UserCodeError(
+            f"{where}: the event time function {name} makes the column {column!r}, which the rows have already; give "
+            "it another name with into="
+        )
+    try:
+        times = function(batch)
+    except RayflowError:
+        raise
+    except Exception as error:
+        raise UserCodeError(
+            f"{where}: the event time function {name} raised {type(error).__name__}: {error} on a batch of "
+            f"{batch.num_rows} rows"
+        ) from error
+    try:
+        found = times.combine_chunks() if isinstance(times, pa.ChunkedArray) else times
+        found = found if isinstance(found, pa.Array) else pa.array(found)
+        ticks = found if pa.types.is_int64(found.type) else event_times_us(found)
+    except DataError:
+        raise
+    except Exception as error:
+        got = f"an array of {times.type}" if isinstance(times, pa.Array | pa.ChunkedArray) else type(times).__name__
+        raise UserCodeError(
+            f"{where}: the event time function {name} returned {got}, expected an Arrow array of timestamps, dates or "
+            "int64 microseconds since the epoch; return one"
+        ) from error
+    if len(ticks) != batch.num_rows:
+        raise UserCodeError(
+            f"{where}: the event time function {name} returned {len(ticks)} times for a batch of {batch.num_rows} "
+            "rows; return one a row, null where there is none"
+        )
+    return batch.append_column(pa.field(column, DERIVED_TYPE), ticks.view(DERIVED_TYPE))
+
+
 class EventTimeReader:
     """Reads the event times of batches and applies the policy for nulls; says where it stands in errors."""
 
@@ -175,7 +218,10 @@ class WatermarkTracker:
         return self._reader.skipped_rows + self.ahead_rows
 
     def observe(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        """Take the event times of ``batch`` into account; returns it, without the rows that are skipped."""
+        """Take the event times of ``batch`` into account; returns it, without the rows that are skipped and, with a
+        `TimeFunction`, with the column that it makes."""
+        if self._event_time.derive is not None:
+            batch = with_derived(batch, self._event_time.column, self._event_time.derive, where=self._where)
         batch, times, _, latest = self._reader.read(batch)
         bound_us = self._event_time.max_ahead_us
         if bound_us is not None and batch.num_rows:
@@ -216,13 +262,16 @@ class WatermarkTracker:
 
 
 __all__ = [
+    "DERIVED_TYPE",
     "TIME_BOUND_US",
     "EventTimeReader",
     "OnNullTime",
+    "TimeFunction",
     "WatermarkTracker",
     "check_event_time",
     "event_times_us",
     "is_event_time",
     "timestamp_type",
     "to_timestamp",
+    "with_derived",
 ]

@@ -17,7 +17,7 @@ from rayflow.core.ids import MAX_WATERMARK
 from rayflow.errors import ConfigError, PlanError
 from rayflow.expressions import Expr
 from rayflow.operators.base import EventTime, Operator, OperatorContext, OperatorFactory, Output
-from rayflow.operators.event_time import OnNullTime, WatermarkTracker, check_event_time
+from rayflow.operators.event_time import DERIVED_TYPE, OnNullTime, WatermarkTracker, check_event_time
 from rayflow.operators.faults import UNLOCATED, located
 from rayflow.operators.user_code import FlatMap, Map, MapBatches
 
@@ -198,7 +198,8 @@ def _check_unique(step: str, names: Sequence[str]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class AssignEventTime:
-    """Makes a column the event time: from here on the watermark is that of the rows seen. Schema out: as in.
+    """Makes a column the event time: from here on the watermark is that of the rows seen. Schema out: as in; with a
+    function that makes the column (`EventTime.derive`) this is added at the end.
 
     Rows with a null time raise `DataError` (``on_error="fail"``) or are dropped and counted (``"skip"``).
     """
@@ -220,8 +221,17 @@ class AssignEventTime:
         return self.event_time.max_delay_us is not None
 
     def output_schema(self, schema: pa.Schema | None) -> pa.Schema | None:
-        if schema is not None:
-            check_event_time(schema, self.event_time.column, step="with_event_time")
+        column = self.event_time.column
+        if schema is None:
+            return None
+        if self.event_time.derive is not None:
+            if column in schema.names:
+                raise PlanError(
+                    f"with_event_time(function) adds a column {column!r}, but the input has one already; name another "
+                    "with into="
+                )
+            return schema.append(pa.field(column, DERIVED_TYPE))
+        check_event_time(schema, column, step="with_event_time")
         return schema
 
     @property

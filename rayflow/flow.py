@@ -62,7 +62,7 @@ class Flow:
         )
         for source in plan.sources().values():
             schema = source.source.schema() if look else source.source.declared_schema()
-            if schema is not None and source.event_time is not None:
+            if schema is not None and source.event_time is not None and source.event_time.derive is None:
                 check_event_time(schema, source.event_time.column, step=source.title)
         return push_projections(plan) if look else plan
 

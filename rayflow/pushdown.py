@@ -29,6 +29,8 @@ def _pushed(chain: Chain) -> Chain:
     planned = chain.source
     if planned is None or not hasattr(planned.source, "project"):
         return chain
+    if planned.event_time is not None and planned.event_time.derive is not None:
+        return chain  # nobody knows what the function looks at
     needed: Needed = None
     for operator in reversed(chain.operators):
         needed = needed_before(operator.factory, needed)
@@ -62,6 +64,8 @@ def needed_before(factory: Any, after: Needed) -> Needed:
             return None if after is None else frozenset(back.get(name, name) for name in after) | set(factory.columns)
         case Drop():
             return _union(after, frozenset(factory.columns))
+        case AssignEventTime() if factory.event_time.derive is not None:
+            return None
         case AssignEventTime():
             return _union(after, frozenset([factory.event_time.column]))
         case Identity():

@@ -7,7 +7,7 @@ a job starts, when sources may look into their input. Messages name the step and
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
@@ -19,6 +19,7 @@ from rayflow.files import WritesFiles
 from rayflow.graph import FORWARD, MAIN_TAG, Exchange, Input, Node, caller_location
 from rayflow.kafka_sink import WritesKafka
 from rayflow.operators.base import EventTime, SinkFactory
+from rayflow.operators.event_time import TimeFunction
 from rayflow.operators.sinks.collect import CollectSink
 from rayflow.operators.sinks.printing import PrintSink
 from rayflow.operators.stateless import (
@@ -298,7 +299,7 @@ class Stream(WritesFiles, WritesTables, WritesKafka):
         Right behind a source this is done by the source, for each of its splits where they are read side by side.
         """
         stream: Stream = self
-        derive = column if inspect.isfunction(column) or hasattr(type(column), "__call__") else None
+        derive: TimeFunction | None = column if callable(column) else None
         if derive is not None:
             column = into
         elif not isinstance(column, str):

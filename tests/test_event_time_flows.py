@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -80,8 +82,9 @@ def test_subtasks_without_a_split_hold_nothing_back() -> None:
     assert found(table) == [("a", 0, 2), ("a", 20, 1)]
 
 
+@pytest.mark.parametrize("column", ["at", lambda batch: batch["at"]], ids=["column", "function"])
 @pytest.mark.parametrize("parallelism", [1, 2, 3])
-def test_splits_that_are_read_in_turns_have_watermarks_of_their_own(parallelism: int) -> None:
+def test_splits_that_are_read_in_turns_have_watermarks_of_their_own(parallelism: int, column: Any) -> None:
     """Three splits of different speed and different time, all in order: nothing is late, however they are dealt out."""
 
     def fn(split: int, position: int) -> Iterator[pa.RecordBatch | None]:
@@ -89,7 +92,7 @@ def test_splits_that_are_read_in_turns_have_watermarks_of_their_own(parallelism:
             yield rows(f"s{split}", i * (1 + 5 * split))
             yield from [None] * (2 - split)
 
-    stream = rf.from_generator(fn, splits=3, schema=SCHEMA, bounded=False).with_event_time("at", max_delay="0s")
+    stream = rf.from_generator(fn, splits=3, schema=SCHEMA, bounded=False).with_event_time(column, max_delay="0s")
     windows = counts(stream, size="20s")
     late = windows.late.collect(name="late")
     result = run(rf.Flow("x", windows.collect(name="counts"), late), parallelism)
@@ -322,6 +325,62 @@ def test_an_expression_makes_the_event_time() -> None:
     assert timed.schema is not None
     assert timed.schema.names == ["ms", "who", "at"]
     assert found(run(rf.Flow("x", counts(timed).collect())).table()) == [("a", 0, 1), ("a", 10, 1)]
+
+
+def _minutes(batch: pa.RecordBatch) -> pa.Array:
+    return pc.add(pc.multiply(batch["minute"], 60_000_000), 1)
+
+
+@pytest.mark.parametrize("direct", [True, False], ids=["at the source", "behind a step"])
+def test_a_function_makes_the_event_time(direct: bool, tmp_path: Any) -> None:
+    """And reads columns that nobody else needs, of a source that could leave them out."""
+    table = pa.table({"minute": pa.array([0, 1, 2, -1], pa.int64()), "who": ["a", "a", "b", "b"], "v": [1, 2, 3, 4]})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    stream: rf.Stream = rf.read_parquet(str(tmp_path / "rows.parquet"))
+    stream = stream if direct else stream.filter(rf.col("v") > 0)
+    timed = stream.with_event_time(_minutes, into="at", max_delay="1h")
+    assert timed.schema is not None
+    assert timed.schema.field("at").type == pa.timestamp("us")
+    flow = rf.Flow("x", counts(timed, size="1m").collect())
+    assert found(run(flow).table()) == [("a", 0, 1), ("a", 60, 1), ("b", -60, 1), ("b", 120, 1)]
+    assert "event time 'at'" in flow.explain()
+    assert timed.take(4)["at"].cast(pa.int64()).to_pylist()[1] == 60_000_001
+
+
+def test_a_function_may_have_a_drift_right_behind_a_source() -> None:
+    table = pa.Table.from_batches([rows("a", *range(0, 50, 5))])
+    timed = rf.from_arrow(table).with_event_time(
+        lambda batch: batch["at"].cast(pa.timestamp("ms")), max_delay="0s", max_drift="1m"
+    )
+    assert sum(n for _, _, n in found(run(rf.Flow("x", counts(timed).collect())).table())) == 10
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda batch: 1 / 0, r"event time function <lambda> raised ZeroDivisionError: .*split '0-2'.*position"),
+        (lambda batch: batch["who"], r"returned an array of string, expected an Arrow array of timestamps"),
+        (lambda batch: pa.array([1.5, 2.5]), r"returned an array of double, expected"),
+        (lambda batch: object(), r"returned object, expected"),
+        (lambda batch: batch["at"].slice(1), r"returned 1 times for a batch of 2 rows"),
+        (lambda batch: pa.array([1, None]), r"'event_time' is null in 1 of 2 rows, the first is row 1"),
+        (lambda batch: pa.array([0, 2**62 + 1]), r"the bound is"),
+    ],
+)
+@pytest.mark.parametrize("direct", [True, False])
+def test_a_function_that_makes_no_times_is_named(function: Any, expected: str, direct: bool) -> None:
+    stream: rf.Stream = rf.from_arrow(pa.Table.from_batches([rows("a", 1, 2)]))
+    if not direct:
+        stream, expected = stream.filter(rf.col("who") == "a"), expected.partition(".*split")[0]
+    flow = rf.Flow("x", counts(stream.with_event_time(function)).collect())
+    with pytest.raises(JobFailedError, match=expected) as failed:
+        run(flow)
+    assert "step" in str(failed.value) or "/0" in str(failed.value) or "[0]" in str(failed.value)
+
+
+def test_a_function_may_not_make_a_column_that_is_there() -> None:
+    with pytest.raises(PlanError, match=r"adds a column 'who', but the input has one already"):
+        rf.from_arrow(pa.Table.from_batches([rows("a", 1)])).with_event_time(_minutes, into="who")
 
 
 def test_a_null_time_names_row_and_place() -> None:

@@ -208,9 +208,11 @@ class SourceRunner:
     def _timed(self, split: _Split, tracker: WatermarkTracker, batch: pa.RecordBatch) -> pa.RecordBatch:
         try:
             return tracker.observe(batch)
-        except DataError as error:
+        except (DataError, UserCodeError) as error:
             state = split.state
-            raise DataError(f"{error} (split {state.split_id!r}, the batch at position {state.position!r})") from error
+            raise type(error)(
+                f"{error} (split {state.split_id!r}, the batch at position {state.position!r})"
+            ) from error
 
     def _finish(self, split: _Split) -> None:
         """Nothing more comes from the split. What it has reached stays."""
