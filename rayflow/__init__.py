@@ -55,6 +55,7 @@ from rayflow.operators.state.declared import (
 from rayflow.operators.user_aggregate import UserAggregate
 from rayflow.operators.windowing.calendar import tumbling
 from rayflow.operators.windowing.count import count_window
+from rayflow.operators.windowing.global_window import global_window
 from rayflow.operators.windowing.session import session
 from rayflow.operators.windowing.sliding import sliding
 from rayflow.operators.windowing.triggers import every
@@ -125,6 +126,7 @@ __all__ = [
     "first",
     "from_arrow",
     "from_generator",
+    "global_window",
     "last",
     "lit",
     "max",

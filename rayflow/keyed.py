@@ -37,8 +37,8 @@ class KeyedStream(Stream):
         emit: Literal["final", "update"] = "final",
         early: Duration | Every | None = None,
     ) -> WindowedStream:
-        """Cut each key's rows into windows of event time (`rf.tumbling`, `rf.sliding`, `rf.session`) or of a number of
-        rows (`rf.count_window`).
+        """Cut each key's rows into windows of event time (`rf.tumbling`, `rf.sliding`, `rf.session`), of a number of
+        rows (`rf.count_window`), or into one that never ends (`rf.global_window`).
 
         Rows count while the watermark is less than ``allowed_lateness`` behind the end of their window; later ones are
         in ``.late`` of the result. ``emit="final"``: each key and window gives one result, when no row can change it
@@ -49,8 +49,9 @@ class KeyedStream(Stream):
         clock="processing")``: so often by the clock of the machine, for windows that have changed since.
 
         Late rows may join sessions: those that were told and are no more are told again with a true ``retracted``, a
-        column that `rf.session` with ``update`` adds. Sessions take no ``early``, count windows none of these. Raises
-        `PlanError` when the stream has no event time, which only `rf.count_window` does without.
+        column that `rf.session` with ``update`` adds. Sessions take no ``early``, count and global windows none of
+        these. Raises `PlanError` when the stream has no event time, which only `rf.count_window` and `rf.global_window`
+        by rows or the clock do without.
         """
         from rayflow.windowed import window
 

@@ -15,6 +15,8 @@ from rayflow.operators.ordering.ranked import Keep
 from rayflow.operators.tumbling import Tumbling
 from rayflow.operators.windowing.calendar import CalendarDays
 from rayflow.operators.windowing.count import CountAggregate, CountWindow
+from rayflow.operators.windowing.global_operator import GlobalAggregate, GlobalTimeAggregate
+from rayflow.operators.windowing.global_window import GlobalWindow
 from rayflow.operators.windowing.progress import Emit, check_emit
 from rayflow.operators.windowing.session import Session
 from rayflow.operators.windowing.session_operator import SessionAggregate
@@ -24,7 +26,7 @@ from rayflow.operators.windows import LocalCombine, WindowAggregate
 from rayflow.ordered import window_deduplicate, window_top
 from rayflow.stream import Stream
 
-AnyWindow: TypeAlias = Tumbling | CalendarDays | Sliding | Session | CountWindow
+AnyWindow: TypeAlias = Tumbling | CalendarDays | Sliding | Session | CountWindow | GlobalWindow
 
 
 def window(
@@ -41,7 +43,7 @@ def window(
             f"step 'window' ({caller_location()}): window() needs windows such as rf.tumbling(\"1m\") or "
             f'rf.sliding("10m", every="1m") or rf.session(gap="5m"), got {spec!r}'
         )
-    if keyed._event_time is None and not isinstance(spec, CountWindow):
+    if keyed._event_time is None and _result_time(spec) is not None:
         raise PlanError(
             f"step 'window' ({caller_location()}): the stream has no event time; pass event_time= to the source or "
             "call .with_event_time(column) before key_by"
@@ -55,8 +57,10 @@ def window(
         if trigger is not None and trigger.rows is not None:
             raise PlanError(f'early= is a period such as "10s" or rf.every("10s", clock="processing"), got {trigger}')
         check_emit(emit, early_us)
-        if isinstance(spec, CountWindow) and options != Options():
-            raise PlanError(f"{spec} gives one result each: leave allowed_lateness, emit and early out")
+        if isinstance(spec, CountWindow | GlobalWindow) and options != Options():
+            raise PlanError(
+                f"window {spec} says itself when there are results: leave allowed_lateness, emit and early out"
+            )
         if isinstance(spec, Session) and early is not None:
             raise PlanError(
                 f"{spec} has no early results: it is not known where an open session will begin; leave early out"
@@ -64,6 +68,13 @@ def window(
     except PlanError as error:
         raise PlanError(f"step 'window' ({caller_location()}): {error}") from error
     return WindowedStream(keyed, spec, options)
+
+
+def _result_time(spec: AnyWindow) -> str | None:
+    """The event time of the results of windows of event time; None for others."""
+    if isinstance(spec, GlobalWindow):
+        return "window_end" if spec.trigger.period_us is not None and spec.trigger.clock == "event" else None
+    return None if isinstance(spec, CountWindow) else "window_start"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +106,8 @@ class WindowedStream:
 
         The event time of the result is ``window_start``. That of `rf.count_window` has none: its windows are complete
         in the order of their last rows, and ``window_start`` and ``window_end`` are the earliest and latest event time
-        of their rows, if these have one.
+        of their rows, if these have one. That of `rf.global_window` by event time is ``window_end``, the end of the
+        period; by rows or the clock it has neither column nor event time.
         """
         keyed = self._keyed
         for out, aggregate in aggregates.items():
@@ -117,6 +129,12 @@ class WindowedStream:
             if isinstance(self._spec, Session):
                 lateness, emit = self._options.allowed_lateness_us, self._options.emit
                 factories = {"operator": SessionAggregate(**what, allowed_lateness_us=lateness, emit=emit)}
+            elif isinstance(self._spec, GlobalWindow):
+                if _result_time(self._spec) is None:
+                    factories = {"operator": GlobalAggregate(**what)}
+                else:
+                    what["period_us"] = what.pop("spec").trigger.period_us
+                    factories = {"operator": GlobalTimeAggregate(**what)}
             elif isinstance(self._spec, CountWindow):
                 factories = {"operator": CountAggregate(**what)}
             else:
@@ -137,7 +155,7 @@ class WindowedStream:
             **factories,
         )
         node.schema(look=False)
-        return WindowResult(node, event_time=None if isinstance(self._spec, CountWindow) else "window_start")
+        return WindowResult(node, event_time=_result_time(self._spec))
 
     def deduplicate(self, *, keep: Keep = "first", name: str | None = None) -> WindowResult:
         """The first or last row of each key and window by event time, when the window closes.

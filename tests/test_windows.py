@@ -149,7 +149,7 @@ def test_options_that_do_not_go_together_are_refused(events: pa.Table) -> None:
         rf.every("1s", clock="wall")  # type: ignore[arg-type]
     with pytest.raises(rf.PlanError, match="session gap 0:00:10 has no early results"):
         stream.window(rf.session(gap="10s"), emit="update", early="1s")
-    with pytest.raises(rf.PlanError, match="count 3 gives one result"):
+    with pytest.raises(rf.PlanError, match="window count 3 says itself when"):
         stream.window(rf.count_window(3), allowed_lateness="1s")
     with pytest.raises(rf.PlanError, match=r"more than one column named \['retracted'\]"):
         stream.window(rf.session(gap="10s"), emit="update").agg(retracted=rf.count())
@@ -201,6 +201,36 @@ def test_count_windows_take_rows_as_they_come(events: pa.Table, parallelism: int
            group by k, w having count(*) = 7""",
     )
     assert same(found, expected if timed else sorted((row[0], *row[3:]) for row in expected))
+
+
+@pytest.mark.parametrize("parallelism", [1, 2])
+def test_a_global_window_by_event_time_equals_duckdb(events: pa.Table, parallelism: int) -> None:
+    counted = keyed(events).window(rf.global_window(trigger=rf.every("10s"))).agg(n=rf.count(), total=rf.sum("v"))
+    expected = duck(
+        events,
+        """select k, w + interval 10 seconds as window_end, sum(n) over sofar::bigint, sum(total) over sofar::bigint
+           from (select k, time_bucket(interval 10 seconds, t, timestamptz '1970-01-01 00:00:00Z') w, count(*) n,
+                        sum(v) total from events group by all)
+           window sofar as (partition by k order by w)""".replace("over sofar::bigint", "over sofar"),
+    )
+    assert same(ran(counted, parallelism=parallelism), expected)
+    again = counted.key_by("k").window(rf.tumbling("10s")).agg(one=rf.count())
+    assert {row[-1] for row in ran(again, parallelism=parallelism)} == {1}, "window_end is its event time"
+
+
+def test_global_windows_are_built_and_explained(events: pa.Table) -> None:
+    untimed = rf.from_arrow(events, batch_rows=50).key_by("k")
+    counted = untimed.window(rf.global_window(trigger=rf.every(rows=100))).agg(n=rf.count())
+    assert sorted({row[1] for row in ran(counted, parallelism=2)}) == [100, 200, 300, 400, 500, 600]
+    assert "global, every 100 rows by k: n" in rf.Flow("f", counted.collect()).explain()
+    struck = untimed.window(rf.global_window(trigger=rf.every("1ms", clock="processing"))).agg(n=rf.count())
+    assert {row[0]: row[1] for row in ran(struck, parallelism=2)} == {f"k{i}": 600 for i in range(5)}
+    with pytest.raises(rf.PlanError, match="no event time"):
+        untimed.window(rf.global_window(trigger=rf.every("10s")))
+    with pytest.raises(rf.PlanError, match="window global, every 0:00:10 says itself when"):
+        keyed(events).window(rf.global_window(trigger=rf.every("10s")), emit="update")
+    with pytest.raises(rf.PlanError, match="needs rf.tumbling or rf.sliding"):
+        keyed(events).window(rf.global_window(trigger=rf.every("10s"))).top(1, by="v")
 
 
 def test_what_is_no_window_is_refused(events: pa.Table) -> None:
