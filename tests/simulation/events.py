@@ -20,6 +20,7 @@ import rayflow as rf
 from rayflow.expressions import col
 from rayflow.operators.joins.columns import How
 from rayflow.operators.tumbling import Tumbling
+from rayflow.operators.windowing.calendar import CalendarDays
 from rayflow.operators.windowing.sliding import Sliding
 from rayflow.stream import Stream
 from tests.simulation import oracles
@@ -46,7 +47,7 @@ def _sides(d: Draw) -> tuple[Stream, list[InputRow], Stream, list[InputRow]]:
     return left, mine, right, theirs
 
 
-def _window(d: Draw) -> tuple[Tumbling | Sliding, Windows]:
+def _window(d: Draw) -> tuple[Tumbling | CalendarDays | Sliding, Windows]:
     if d.rng.random() < 0.4:
         size = d.rng.choice((2, 7, 30))
         d.words.append(f"tumbling {size}s")
