@@ -22,6 +22,7 @@ MODULES = (
     "running_sum",
     "big_state",
     "restore_ranges",
+    "parquet_sink",
     "exchange",
     "recovery",
     "credit_bound",
