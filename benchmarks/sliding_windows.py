@@ -5,6 +5,9 @@
 count/sum/max. In one process without Ray: the combiner, the window operator, and a snapshot every 50 batches. The three
 sizes take turns, medians of processor time are compared. Every key is in every window, and the first windows, which are
 not full, are in the figure: what differs is the price of merging panes. The number of results is checked.
+
+Then the same with 100,000 keys and 100 rows a second, so that a pane has 1,000 rows of about as many keys. A row is in
+as many results as windows overlap there, so what is compared is the time a result takes, which must not grow.
 """
 
 from __future__ import annotations
@@ -31,6 +34,9 @@ ROWS_PER_S = 10_000
 BATCH_ROWS = 65_536
 SNAPSHOT_BATCHES = 50
 DRAWN = 64
+SPARSE_KEYS = 100_000
+SPARSE_ROWS_PER_S = 100
+SPARSE_BATCH_ROWS = 4_096
 
 
 class Feed:
@@ -45,20 +51,22 @@ class Feed:
         self.batches.append(batch)
 
 
-def batches(rows: int, keys: int) -> Iterator[pa.RecordBatch]:
+def batches(rows: int, keys: int, rows_per_s: int = ROWS_PER_S, size: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
     """The same few batches over and over, with times that go on."""
     rng = np.random.default_rng(7)
-    some = [(rng.integers(0, keys, BATCH_ROWS), rng.integers(0, 1_000, BATCH_ROWS)) for _ in range(DRAWN)]
-    for number, start in enumerate(range(0, rows, BATCH_ROWS)):
-        count = min(BATCH_ROWS, rows - start)
-        times = pa.array(np.arange(start, start + count) * (1_000_000 // ROWS_PER_S)).view(pa.timestamp("us"))
+    some = [(rng.integers(0, keys, size), rng.integers(0, 1_000, size)) for _ in range(DRAWN)]
+    for number, start in enumerate(range(0, rows, size)):
+        count = min(size, rows - start)
+        times = pa.array(np.arange(start, start + count) * (1_000_000 // rows_per_s)).view(pa.timestamp("us"))
         drawn, values = some[number % DRAWN]
         yield pa.RecordBatch.from_arrays(
             [pa.array(drawn[:count]), times, pa.array(values[:count])], names=["k", "t", "v"]
         )
 
 
-def seconds(rows: int, keys: int, overlap: int) -> tuple[float, int]:
+def seconds(
+    rows: int, keys: int, overlap: int, rows_per_s: int = ROWS_PER_S, size: int = BATCH_ROWS
+) -> tuple[float, int]:
     """How much processor time it takes, and how many results there are."""
     what: dict[str, Any] = {
         "keys": ("k",),
@@ -72,7 +80,7 @@ def seconds(rows: int, keys: int, overlap: int) -> tuple[float, int]:
     combine.open(ctx, middle)
     window.open(ctx, out)
     began = time.process_time()
-    for number, batch in enumerate(batches(rows, keys)):
+    for number, batch in enumerate(batches(rows, keys, rows_per_s, size)):
         combine.process(batch, 0)
         for partials in middle.batches:
             window.process(partials, 0)
@@ -88,6 +96,7 @@ def seconds(rows: int, keys: int, overlap: int) -> tuple[float, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=60_000_000)
+    parser.add_argument("--sparse-rows", type=int, default=1_000_000)
     parser.add_argument("--keys", type=int, default=1_000)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
@@ -105,6 +114,25 @@ def main() -> None:
         emit(f"sliding windows, size/slide {overlap}", round(rate, 2), "M rows/s a core", None, True)
     spread = 1 - min(rates.values()) / max(rates.values())
     emit("sliding windows, slowest below fastest", round(100 * spread, 1), "%", 25, spread <= 0.25)
+    sparse(options.sparse_rows, options.repeats)
+
+
+def sparse(rows: int, repeats: int) -> None:
+    rates: dict[int, float] = {}
+    for overlap in OVERLAPS:
+        found = [seconds(rows, SPARSE_KEYS, overlap, SPARSE_ROWS_PER_S, SPARSE_BATCH_ROWS) for _ in range(repeats)]
+        rates[overlap] = found[0][1] / statistics.median(took for took, _ in found) / 1e6
+        each = round(found[0][1] / rows, 1)
+        emit(f"sliding windows, few rows a key, size/slide {overlap}: results a row", each, "rows", None, True)
+        emit(
+            f"sliding windows, few rows a key, size/slide {overlap}",
+            round(rates[overlap], 2),
+            "M results/s",
+            None,
+            True,
+        )
+    slower = 1 - rates[OVERLAPS[-1]] / rates[OVERLAPS[0]]
+    emit("sliding windows, few rows a key, slowdown a result", round(100 * slower, 1), "%", 25, slower <= 0.25)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,10 @@ suffixes are kept, each made from the next with one merge; of the newer half the
 merged with the newer half. When the suffixes are used up, those of the whole window are made. So a window costs at most
 three merges of tables of its keys, however many panes it has.
 
+Where a pane has few of the keys of its window, two of these three would do little for their price: a half is a merged
+table and rows that came since, which are merged into it only when they are more than half as many. The last merge,
+which makes the result, takes in all of that.
+
 All of that is derived from the store and is not part of checkpoints. Suffixes are held up to a number of bytes; beyond
 it every second one is dropped, and is made again from the next one kept when its window fires.
 
@@ -15,7 +19,7 @@ merges void: the next window begins anew from the store.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -64,7 +68,21 @@ class Suffix:
     after: int
     """No pane that starts behind this and before ``start`` has rows: good for windows that start in between, too."""
     start: int
-    table: pa.Table
+    half: Half
+
+
+@dataclass(frozen=True, slots=True)
+class Half:
+    """Rows of panes: those of ``merged`` have unique keys, ``more`` are as they came, not many."""
+
+    merged: pa.Table
+    more: tuple[pa.Table, ...] = ()
+
+    def with_rows(self, rows: pa.Table, plan: Preaggregation) -> Half:
+        more = (*self.more, rows)
+        if 2 * sum(table.num_rows for table in more) <= self.merged.num_rows:
+            return Half(self.merged, more)
+        return Half(_merged([self.merged, *more], plan))
 
 
 class TwoStacks:
@@ -76,8 +94,8 @@ class TwoStacks:
         self._older: list[Suffix] = []
         """By start, descending, of panes before `_middle`."""
         self._middle = 0
-        self._newer: pa.Table | None = None
-        """Rows of the panes from `_middle` up to `_edge`, keys unique."""
+        self._newer: Half | None = None
+        """Rows of the panes from `_middle` up to `_edge`."""
         self._edge: int | None = None
         """All panes before it that a later window needs are in the merges. None: nothing is merged."""
 
@@ -108,45 +126,52 @@ class TwoStacks:
         if self._edge is None or start >= self._middle:  # the suffixes are used up, or void
             self._older, self._newer, self._middle, self._edge = [], None, end, end
         elif self._edge < end:
-            self._newer = _merged(self._newer, runs.peek(self._edge, end - 1), plan, runs)
+            rows = runs.peek(self._edge, end - 1)
+            self._newer = self._newer if rows is None else _grown(self._newer, rows, plan, runs)
             self._edge = end
         while self._older and self._older[-1].start < start:
             self._older.pop()
         if not self._older or self._older[-1].after >= start:
             self._extend(runs, plan, start)
-        return _merged(self._older[-1].table if self._older else None, self._newer, plan, runs)
+        halves = [*(suffix.half for suffix in self._older[-1:]), *([self._newer] if self._newer is not None else [])]
+        tables = [table for half in halves for table in (half.merged, *half.more)]
+        return _merged(tables, plan) if len(tables) > 1 else next(iter(tables), None)
 
     def _extend(self, runs: RunStore, plan: Preaggregation, start: int) -> None:
         """Make the suffixes from ``start`` on up to the earliest there is."""
-        table = self._older[-1].table if self._older else None
+        half = self._older[-1].half if self._older else None
         rows = runs.peek(start, (self._older[-1].start if self._older else self._middle) - 1)
         if rows is None:
             return
         every = self._spec.every_us
         begins = (runs.starts_of(rows) - start) // every * every + start
         cuts = [0, *(np.flatnonzero(np.diff(begins)) + 1).tolist(), len(begins)]
-        held = sum(suffix.table.nbytes for suffix in self._older)
+        held = self._held()
         for cut in reversed(range(len(cuts) - 1)):
-            table = _merged(table, rows.slice(cuts[cut], cuts[cut + 1] - cuts[cut]), plan, runs)
-            assert table is not None
+            before, half = half, _grown(half, rows.slice(cuts[cut], cuts[cut + 1] - cuts[cut]), plan, runs)
             after = int(begins[cuts[cut] - 1]) if cut else start - 1
-            self._older.append(Suffix(after, int(begins[cuts[cut]]), table))
-            held += table.nbytes
+            self._older.append(Suffix(after, int(begins[cuts[cut]]), half))
+            held += half.merged.nbytes if before is None or half.merged is not before.merged else 0
             if held > self._suffix_bytes and len(self._older) > 2:
                 self._older = [*self._older[:-1:2], self._older[-1]]
-                held = sum(suffix.table.nbytes for suffix in self._older)
+                held = self._held()
+
+    def _held(self) -> int:
+        return sum({id(suffix.half.merged): int(suffix.half.merged.nbytes) for suffix in self._older}.values())
 
 
-def _merged(one: pa.Table | None, other: pa.Table | None, plan: Preaggregation, runs: RunStore) -> pa.Table | None:
-    """Rows by key, whatever their panes. ``one`` has unique keys; ``other`` may be several panes, in their order."""
-    if other is None:
-        return one
-    if one is None:
-        starts = runs.starts_of(other)
-        if starts[0] == starts[-1]:
-            return other
-    both = other if one is None else pa.concat_tables([one, other])
-    return plan.merge(both if plan.keys else at(both, 0, plan), 0)
+def _grown(half: Half | None, rows: pa.Table, plan: Preaggregation, runs: RunStore) -> Half:
+    """``rows`` may be of several panes, in their order, with unique keys in each."""
+    if half is not None:
+        return half.with_rows(rows, plan)
+    starts = runs.starts_of(rows)
+    return Half(rows if starts[0] == starts[-1] else _merged([rows], plan))
+
+
+def _merged(tables: Sequence[pa.Table], plan: Preaggregation) -> pa.Table:
+    """Rows by key, whatever their panes."""
+    together = pa.concat_tables(tables)
+    return plan.merge(together if plan.keys else at(together, 0, plan), 0)
 
 
 __all__ = ["Firing", "PaneIsWindow", "TwoStacks"]
