@@ -21,6 +21,7 @@ from rayflow.errors import (
 )
 from rayflow.expressions import Expr, coalesce, col, lit, when
 from rayflow.flow import Flow, attach
+from rayflow.kafka import read_kafka, topic_pattern
 from rayflow.keyed import KeyedStream
 from rayflow.operators.aggregates import (
     aggregate,
@@ -137,6 +138,7 @@ __all__ = [
     "read_checkpoint",
     "read_csv",
     "read_json",
+    "read_kafka",
     "read_parquet",
     "read_source",
     "rebucket",
@@ -145,6 +147,7 @@ __all__ = [
     "sliding",
     "stddev",
     "sum",
+    "topic_pattern",
     "tumbling",
     "variance",
     "when",

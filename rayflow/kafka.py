@@ -72,7 +72,7 @@ def read_kafka(
         isolation=isolation,
         discovery_s=None
         if discover is None
-        else duration_us(discover, what="read_kafka(discover)", minimum_us=1_000) / 1e6,
+        else duration_us(discover, what="read_kafka(discover)", minimum_us=100_000) / 1e6,
         metadata=metadata,
         on_error=on_error,
         dead_letter=dead_letter,

@@ -29,7 +29,10 @@ from rayflow.windowed import WindowedStream, WindowResult
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 
-SOURCES = {"from_arrow", "from_generator", "read_csv", "read_json", "read_parquet", "read_source", "Source"}
+SOURCES = {
+    "from_arrow", "from_generator", "read_csv", "read_json", "read_kafka", "read_parquet", "read_source", "Source",
+    "topic_pattern",
+}  # fmt: skip
 EXPRESSIONS = {"coalesce", "col", "lit", "when", "Expr"}
 AGGREGATES = {
     "UserAggregate", "aggregate", "approx_count_distinct", "arg_max", "arg_min", "collect", "count", "count_distinct",

@@ -25,6 +25,7 @@ from rayflow.operators.sources.schemas import plain
 
 _REGISTRY_TIMEOUT_S = 5.0
 _FRAME_BYTES = 5
+_NO_FRAME = b"\xff" * _FRAME_BYTES
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class RegistryAvroFormat(Format):
         return plain(_arrow_schema(self.avro))
 
     def decode(self, values: Sequence[bytes]) -> Decoded:
-        heads = b"".join([value[:_FRAME_BYTES].ljust(_FRAME_BYTES, b"\xff") for value in values])
+        heads = b"".join([value[:_FRAME_BYTES] if len(value) >= _FRAME_BYTES else _NO_FRAME for value in values])
         frames = np.frombuffer(heads, np.dtype([("magic", "u1"), ("id", ">u4")]))
         if frames["magic"].any():
             raise Malformed(

@@ -95,6 +95,11 @@ class JsonFormat(Format):
         if len(text) > _JSON_BYTES_MAX and len(values) > 1:
             half = len(values) // 2
             return Decoded(pa.concat_batches([self.decode(values[:half]).batch, self.decode(values[half:]).batch]))
+        if not text.isascii():  # pyarrow takes any bytes into its strings
+            try:
+                text.decode()
+            except UnicodeDecodeError as error:
+                raise Malformed(f"it is no UTF-8: {error.reason}") from error
         read_as = pa.struct([pa.field(f.name, _json_type(f.type)) for f in self.columns])
         try:
             table = pj.read_json(
