@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def compare(name: str, count: int, repeats: int, end: Any, write: Any, bar: floa
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as made:
             folder = Path(made)
-            took = run_flow(batches, count, folder, lambda stream, out=str(folder / "out"): end(stream, out))
+            took = run_flow(batches, count, folder, partial(end, out=str(folder / "out")))
             found = list((folder / "out").glob(f"{folders}part-*"))
             files = len(found)
             bare = alone(batches, count, files if not folders else files // 16, folder / "alone", write)
