@@ -28,7 +28,7 @@ def _steps(chain: Chain) -> list[str]:
         lines.append(f"  {source.title} {source.detail}".rstrip())
         if source.event_time is not None:
             lines.append(f"    {event_time_text(source.event_time)}")
-            if not source.source.bounded:
+            if source.source.in_turns:
                 lines.append("    watermark: the lowest of the splits, which are read in turns")
     for operator in chain.operators:
         lines.append(f"  {operator.title} {operator.detail}".rstrip())

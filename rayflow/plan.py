@@ -130,7 +130,13 @@ class Plan:
                 o.id for c in self.chains for o in c.operators if o.stateful and bool(getattr(o.factory, "keys", ()))
             ),
             allow_dropped=self.allow_dropped,
-            endless=frozenset(name for name, s in self.sources().items() if not s.source.bounded),
+            endless=frozenset(name for name, s in self.sources().items() if s.source.in_turns and not s.source.bounded),
+            in_turns=frozenset(name for name, s in self.sources().items() if s.source.in_turns),
+            discovering={
+                name: interval
+                for name, s in self.sources().items()
+                if (interval := s.source.discovery_interval_s) is not None
+            },
             whole=frozenset(o.id for o in self.sinks().values() if getattr(o.factory.committer(), "whole", False)),
             aligned=frozenset(
                 name

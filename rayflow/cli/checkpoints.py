@@ -87,6 +87,8 @@ def show(url: str, which: str, storage_options: dict[str, str], as_json: bool) -
         for split in manifest.pending_splits:
             shown.add_row(split.split_id, f"{split.source}, not assigned", str(split.position))
         print_table(shown)
+    for seen in manifest.seen_splits:
+        click.echo(f"{seen.source} looks for new splits and has found {len(seen)} so far")
     for part in manifest.subtasks:
         for committable in part.committables:
             click.echo(f"to commit by {committable.operator}, {part.subtask}: {committable.payload}")
@@ -209,10 +211,12 @@ def _verdict_json(verdict: Verdict) -> dict[str, object]:
 
 
 def _manifest_json(manifest: Manifest) -> dict[str, object]:
-    """The manifest's own JSON, with the length of inline state in its place."""
+    """The manifest's own JSON, with the length of inline state in its place, and without the digests of splits."""
     body: dict[str, Any] = json.loads(encode(manifest))
     for part in body["subtasks"]:
         for state in part["states"]:
             inline = state.pop("inline")
             state["inline_bytes"] = None if inline is None else len(inline)
+    for seen in body.get("seen_splits", ()):
+        del seen["digests"]
     return body

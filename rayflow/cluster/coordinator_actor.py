@@ -15,6 +15,7 @@ import uuid
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final
 
 import pyarrow as pa
@@ -74,9 +75,12 @@ class RayCoordinatorHost:
             if event is not None:
                 inbox.put(event)
 
-        self._background: Background[CoordinatorEvent | None] = Background(
-            "rayflow-storage", tell, lambda error: inbox.put(_Bug(error))
-        )
+        def background(name: str) -> Background[CoordinatorEvent | None]:
+            return Background(name, tell, lambda error: inbox.put(_Bug(error)))
+
+        self._background = background("rayflow-storage")
+        self._make_lookout = partial(background, "rayflow-discovery")
+        self._lookout: Background[CoordinatorEvent | None] | None = None
 
     def now(self) -> float:
         return time.monotonic()
@@ -95,6 +99,11 @@ class RayCoordinatorHost:
 
     def background(self, task: Callable[[], CoordinatorEvent | None]) -> None:
         self._background.put(task)
+
+    def look(self, task: Callable[[], CoordinatorEvent | None]) -> None:
+        if self._lookout is None:
+            self._lookout = self._make_lookout()
+        self._lookout.put(task)
 
 
 class CoordinatorProcess:

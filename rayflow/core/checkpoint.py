@@ -17,6 +17,7 @@ from enum import Enum
 from rayflow.core.ids import Attempt, CheckpointId, SubtaskId
 from rayflow.core.manifest import SplitState, SubtaskSnapshot
 from rayflow.core.messages import CheckpointKind
+from rayflow.core.seen import SeenSplits
 from rayflow.errors import ProtocolError
 
 
@@ -39,7 +40,8 @@ class AckOutcome(Enum):
 class PendingCheckpoint:
     """One checkpoint from its trigger to its end. ``triggered_at`` is in seconds on the driver's clock.
 
-    ``pending_splits`` are the splits that no subtask had at the trigger (see `rayflow.core.splits`).
+    ``pending_splits`` are the splits that no subtask had at the trigger, ``seen_splits`` all that were ever found of
+    sources that go on looking (see `rayflow.core.splits`).
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class PendingCheckpoint:
         expected: Iterable[SubtaskId],
         triggered_at: float,
         pending_splits: tuple[SplitState, ...] = (),
+        seen_splits: tuple[SeenSplits, ...] = (),
     ) -> None:
         self.checkpoint = checkpoint
         self.kind = kind
@@ -58,6 +61,7 @@ class PendingCheckpoint:
         self.expected = tuple(expected)
         self.triggered_at = triggered_at
         self.pending_splits = pending_splits
+        self.seen_splits = seen_splits
         self.state = CheckpointState.IN_PROGRESS
         self.reason = ""  # why it was aborted; empty unless ABORTED
         self._snapshots: dict[SubtaskId, SubtaskSnapshot] = {}

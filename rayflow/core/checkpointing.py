@@ -26,6 +26,7 @@ from rayflow.core.ids import Attempt, CheckpointId, SubtaskId
 from rayflow.core.manifest import SplitState
 from rayflow.core.messages import Abort, Acknowledge, CheckpointKind, Complete, Decline, FailureCause, Trigger
 from rayflow.core.roster import Heard, Roster, SubtaskState
+from rayflow.core.seen import SeenSplits
 from rayflow.core.splits import SplitPool
 from rayflow.core.timeline import CHECKPOINT_ABORTED, CHECKPOINT_COMPLETED, CHECKPOINT_TRIGGERED, Outbox
 from rayflow.core.topology import Topology
@@ -175,6 +176,7 @@ class Checkpointing:
             expected=self._topology.subtasks,
             triggered_at=now,
             pending_splits=self._pool_snapshot(),
+            seen_splits=self._seen_splits(),
         )
         self.counts.triggered += 1
         self._last_start = now
@@ -192,6 +194,11 @@ class Checkpointing:
     def _pool_snapshot(self) -> tuple[SplitState, ...]:
         """Taken at the moment of the trigger and no later: see `rayflow.core.splits`."""
         return tuple(split for name in sorted(self._pools) for split in self._pools[name].snapshot())
+
+    def _seen_splits(self) -> tuple[SeenSplits, ...]:
+        """At the same moment: each of them stands in a snapshot, or was read to its end before the barrier."""
+        frozen = (self._pools[name].seen() for name in sorted(self._pools))
+        return tuple(seen for seen in frozen if seen is not None)
 
     def input_ended(self, subtask: SubtaskId) -> None:
         """No barrier can reach this subtask any more (A6): it must be told of the pending checkpoint itself.
@@ -218,7 +225,7 @@ class Checkpointing:
         p.begin_writing()
         self.unresolved.add(p.checkpoint)
         self._deadline = now + self._times.timeout_s
-        self._out.put(WriteManifest(p.checkpoint, p.kind, p.attempt, p.snapshots(), p.pending_splits))
+        self._out.put(WriteManifest(p.checkpoint, p.kind, p.attempt, p.snapshots(), p.pending_splits, p.seen_splits))
 
     def declined(self, subtask: SubtaskId, decline: Decline, now: float) -> Heard:
         p = self.pending

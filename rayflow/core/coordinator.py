@@ -20,15 +20,18 @@ from typing import ClassVar, assert_never
 from rayflow.core import timeline as what
 from rayflow.core.checkpoint import PendingCheckpoint
 from rayflow.core.checkpointing import CheckpointCounts, Checkpointing, CheckpointTimes
+from rayflow.core.discovery import Discovery
 from rayflow.core.events import (
     CancelRequested,
     CheckpointRequested,
     CleanUp,
     CoordinatorAction,
     CoordinatorEvent,
+    Discovered,
     JobCleaned,
     JobEnded,
     JobState,
+    LookFailed,
     ManifestFailed,
     ManifestWritten,
     Recovered,
@@ -92,7 +95,12 @@ class CoordinatorMachine:
         self._out = Outbox()
         self._roster = Roster(topology.subtasks, self._out, hang_timeout_s=settings.hang_timeout_s)
         self._pools = {
-            source: SplitPool(source, topology.parallelism[source], endless=source in topology.endless)
+            source: SplitPool(
+                source,
+                topology.parallelism[source],
+                in_turns=source in topology.in_turns,
+                watched=source in topology.discovering,
+            )
             for source in sorted(topology.sources)
         }
         self._policy = RestartPolicy(settings.restart)
@@ -101,6 +109,7 @@ class CoordinatorMachine:
         )
         self._checkpointing = self.checkpointing_type(topology, self._roster, self._pools, times, self._out)
         self._failover = self.failover_type(topology, self._roster, self._pools, self._checkpointing, self._out)
+        self._discovery = Discovery(topology.discovering, self._roster, self._pools, self._out)
         self._reports = Reports(self._roster, self._pools, self._checkpointing, topology.aligned)
 
     # --------------------------------------------------------------------------------------------------- what is seen
@@ -162,7 +171,7 @@ class CoordinatorMachine:
         if self.state is JobState.RESTARTING:
             times.append(self._failover.restart_at)
         if self.state is JobState.RUNNING:
-            times.append(self._checkpointing.next_deadline())
+            times += [self._checkpointing.next_deadline(), self._discovery.next_deadline()]
         return min((t for t in times if t is not None), default=None)
 
     def _dispatch(self, event: CoordinatorEvent, now: float) -> Heard:
@@ -194,6 +203,12 @@ class CoordinatorMachine:
                     self._end(JobState.FAILED, fenced_by_another(checkpoint, reason), now)
                     return Heard.ACCEPTED
                 return self._checkpointing.manifest_failed(checkpoint, reason, now)
+            case Discovered(attempt, source, found):
+                running = self.state is JobState.RUNNING
+                return self._discovery.discovered(attempt, source, found, now, running=running)
+            case LookFailed(attempt, source, reason):
+                running = self.state is JobState.RUNNING
+                return self._discovery.failed(attempt, source, reason, now, running=running)
             case WholeCommitted(attempt, checkpoint):
                 return self._checkpointing.whole_answered(attempt, checkpoint, committed=True)
             case WholeFailed(attempt, checkpoint, cause):
@@ -278,6 +293,7 @@ class CoordinatorMachine:
                 self.state = JobState.RUNNING
                 self._policy.running(now)
                 self._checkpointing.begin(now)
+                self._discovery.begin(now, restored=self._failover.manifest is not None)
                 self._note(what.RUNNING, f"attempt {self.attempt}", now)
         if self.state is JobState.RUNNING:
             self._run(now)
@@ -300,6 +316,7 @@ class CoordinatorMachine:
             self._fail(overdue, now)
             return
         self._checkpointing.advance(now)
+        self._discovery.advance(now)
 
     def _died(self, subtasks: tuple[SubtaskId, ...], how: str, now: float) -> None:
         """Processes are gone, all at one moment: one failover."""
@@ -360,6 +377,7 @@ class CoordinatorMachine:
         self._checkpointing.check_invariants()
         self._failover.check_invariants(running=self.state is JobState.RUNNING)
         self._reports.check_invariants()
+        self._discovery.check_invariants()
         for pool in self._pools.values():
             pool.check_invariants()
         if self.state is not JobState.RUNNING:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from rayflow.core.ids import Attempt, ChannelId, CheckpointId, SubtaskId
-from rayflow.core.manifest import Manifest, SplitState, SubtaskSnapshot
+from rayflow.core.manifest import Json, Manifest, SplitState, SubtaskSnapshot
 from rayflow.core.messages import (
     CheckpointKind,
     Command,
@@ -19,6 +19,7 @@ from rayflow.core.messages import (
     Report,
     ReportEnvelope,
 )
+from rayflow.core.seen import SeenSplits
 
 # ------------------------------------------------------------------------------------------- subtask machine: actions
 
@@ -161,6 +162,25 @@ class ManifestFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class Discovered:
+    """All splits that the source has now, as (id, description) in reading order: known ones are among them. The answer
+    to `Discover`."""
+
+    attempt: Attempt
+    source: str
+    found: tuple[tuple[str, Json], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LookFailed:
+    """The other answer to `Discover`."""
+
+    attempt: Attempt
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class WholeCommitted:
     """The answer to `CommitWhole`."""
 
@@ -212,6 +232,8 @@ CoordinatorEvent = (
     | ManifestFailed
     | WholeCommitted
     | WholeFailed
+    | Discovered
+    | LookFailed
     | Tick
     | CheckpointRequested
     | CancelRequested
@@ -271,6 +293,15 @@ class RecoverSinks:
 
 
 @dataclass(frozen=True, slots=True)
+class Discover:
+    """Look which splits the source has now, beside all else that is done in the background; answer `Discovered` or
+    `LookFailed`."""
+
+    attempt: Attempt
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
 class WriteManifest:
     """Write it durably, create-if-absent; answer `ManifestWritten` or `ManifestFailed` (rules C2, C5)."""
 
@@ -279,6 +310,7 @@ class WriteManifest:
     attempt: Attempt
     snapshots: tuple[SubtaskSnapshot, ...]
     pending_splits: tuple[SplitState, ...]
+    seen_splits: tuple[SeenSplits, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -352,6 +384,7 @@ CoordinatorAction = (
     | StopSubtask
     | SendCommand
     | RecoverSinks
+    | Discover
     | WriteManifest
     | CommitWhole
     | DiscardCheckpoint

@@ -23,7 +23,7 @@ from rayflow.core.events import LoadLatest, Recovered, RecoverSinks
 from rayflow.core.ids import Attempt, CheckpointId, SubtaskId
 from rayflow.core.manifest import Manifest
 from rayflow.core.messages import FailureCause, Launch
-from rayflow.core.restore import mismatch, splits_of, states_for
+from rayflow.core.restore import mismatch, seen_of, splits_of, states_for
 from rayflow.core.roster import Heard, Roster, SubtaskState
 from rayflow.core.splits import SplitPool
 from rayflow.core.timeline import (
@@ -156,9 +156,10 @@ class Failover:
         self._roster.start_missing(now)
         begun = splits_of(recovered.manifest)
         for name, pool in self._pools.items():
-            pool.restore(s for s in begun if s.source == name)
+            pool.restore((s for s in begun if s.source == name), seen_of(recovered.manifest, name))
             pool.add(s for s in recovered.discovered if s.source == name)
-            pool.close()  # every source is bounded so far; discovery will close later
+            if name not in self._topology.discovering:
+                pool.close()
 
     # -------------------------------------------------------------------------------------------------------- DEPLOYING
 

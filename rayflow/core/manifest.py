@@ -14,14 +14,16 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from rayflow.core.ids import Attempt, CheckpointId, SubtaskId
+from rayflow.core.seen import SeenSplits
 from rayflow.errors import CorruptCheckpointError
 
 Json = Any
 """A JSON value (null, bool, int, float, str, list, object with string keys); opaque to the core."""
 
-FORMAT_VERSION: Final = 2
-READABLE_VERSIONS: Final = (1, 2)
-"""Version 1 had no blocks, pieces, sections or folders: what it lacks has a default that means the same."""
+FORMAT_VERSION: Final = 3
+READABLE_VERSIONS: Final = (1, 2, 3)
+"""Version 1 had no blocks, pieces, sections or folders, version 2 no splits that were seen: what they lack has a
+default that means the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +193,8 @@ class Manifest:
     subtasks: tuple[SubtaskSnapshot, ...]
     pending_splits: tuple[SplitState, ...] = ()
     """Splits that no subtask had when the checkpoint was triggered."""
+    seen_splits: tuple[SeenSplits, ...] = ()
+    """All that were ever found, of sources that go on looking for new ones: those that stand nowhere else are read."""
     version: int = FORMAT_VERSION
 
     def files(self) -> tuple[FileRef, ...]:
@@ -254,7 +258,9 @@ def _digest(body: Mapping[str, Json]) -> str:
 
 
 def _manifest_json(m: Manifest) -> dict[str, Json]:
+    seen = {"seen_splits": [s.to_json() for s in m.seen_splits]} if m.seen_splits else {}
     return {
+        **seen,
         "version": m.version,
         "job": m.job,
         "checkpoint": m.checkpoint,
@@ -285,6 +291,7 @@ def _manifest_from(body: Mapping[str, Json]) -> Manifest:
         operators={str(k): str(v) for k, v in body["operators"].items()},
         subtasks=tuple(snapshot_from(s) for s in body["subtasks"]),
         pending_splits=tuple(_split_from(s) for s in body["pending_splits"]),
+        seen_splits=tuple(SeenSplits.from_json(s) for s in body.get("seen_splits", ())),
         version=int(body["version"]),
     )
 

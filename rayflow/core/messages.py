@@ -105,10 +105,15 @@ class Abort:
 
 @dataclass(frozen=True, slots=True)
 class Assign:
-    """Splits for a source subtask; ``no_more`` says that none will follow."""
+    """Splits for a source subtask; ``no_more`` says that none will follow.
+
+    ``settled``: none of those that are known now will follow, but new ones may be found. Without splits it only says
+    so, and the request stays open.
+    """
 
     splits: tuple[SplitState, ...]
     no_more: bool
+    settled: bool = False
 
 
 @dataclass(frozen=True, slots=True)

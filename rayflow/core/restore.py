@@ -14,6 +14,7 @@ from difflib import get_close_matches
 from rayflow.core.ids import SubtaskId
 from rayflow.core.keygroups import key_group_range
 from rayflow.core.manifest import Manifest, SplitState, StateHandle
+from rayflow.core.seen import SeenSplits
 from rayflow.core.topology import Topology
 
 
@@ -33,6 +34,8 @@ def mismatch(manifest: Manifest, topology: Topology) -> str | None:
     for name, what in unmatched(manifest, topology).items():
         if name not in topology.allow_dropped:
             return f"{where} holds {what}, which this flow does not have; {remedy(name, manifest, topology)}"
+    for problem in not_seen(manifest, topology):
+        return f"{where} {problem}"
     for snapshot in manifest.subtasks:
         for handle in snapshot.states:
             known = topology.chain_of(handle.operator) is not None
@@ -83,6 +86,22 @@ def splits_of(manifest: Manifest | None) -> tuple[SplitState, ...]:
         return ()
     begun = tuple(split for snapshot in manifest.subtasks for split in snapshot.splits)
     return manifest.pending_splits + begun
+
+
+def seen_of(manifest: Manifest | None, source: str) -> SeenSplits | None:
+    """What was ever found of a source that went on looking; None when it did not."""
+    seen = () if manifest is None else manifest.seen_splits
+    return next((s for s in seen if s.source == source), None)
+
+
+def not_seen(manifest: Manifest, topology: Topology) -> list[str]:
+    """Sources that look for new splits now and did not then: which ones were read to their end is not known (R2)."""
+    return [
+        f"does not tell which splits of source {source!r} were read to their end, because the source did not look for "
+        "new ones then; leave that out again, or give the source another name= to read everything from the beginning"
+        for source in sorted(topology.discovering)
+        if source in manifest.parallelism and source not in topology.endless and seen_of(manifest, source) is None
+    ]
 
 
 def states_for(manifest: Manifest | None, topology: Topology) -> dict[SubtaskId, tuple[StateHandle, ...]]:

@@ -7,8 +7,12 @@ is done.
 A subtask asks for one split ahead while it still reads. Before the others have their first, it must wait for that: with
 as many splits as subtasks, the first to run would otherwise get two, and those of an endless source are never done.
 
-Splits that never end (``endless``) are read side by side from the beginning: each subtask gets its share of them and no
-more, whoever asks first.
+Splits that are read side by side (``in_turns``) are shared out from the beginning: each subtask gets its share of them
+and no more, whoever asks first.
+
+A source that goes on looking (``watched``) has a pool that stays open: nobody is ever told that nothing follows, only
+that for now it is ``settled``. It remembers every split that it has seen, because what was read to its end is found
+again by the next look (rule R2).
 
 **What a checkpoint holds of the pool.** `snapshot` is taken at the moment the checkpoint is triggered. Commands to a
 subtask are a FIFO, so a split assigned before the trigger reaches the subtask before the trigger does and stands in the
@@ -26,8 +30,9 @@ from dataclasses import dataclass
 from enum import Enum
 
 from rayflow.core.ids import SubtaskId
-from rayflow.core.manifest import SplitState
+from rayflow.core.manifest import Json, SplitState
 from rayflow.core.messages import Assign
+from rayflow.core.seen import SeenLog, SeenSplits
 from rayflow.errors import ProtocolError
 
 
@@ -47,10 +52,13 @@ class Assignment:
 class SplitPool:
     """Splits of ``source``, read by so many subtasks. Starts empty and open; see `restore`, `add`, `close`."""
 
-    def __init__(self, source: str, readers: int = 1, *, endless: bool = False) -> None:
+    def __init__(self, source: str, readers: int = 1, *, in_turns: bool = False, watched: bool = False) -> None:
         self.source = source
         self._readers = readers
-        self._endless = endless
+        self._in_turns = in_turns
+        self._watched = watched
+        self._seen = SeenLog(source)  # empty unless watched
+        self._found: set[str] = set()  # ids of earlier looks of this attempt: looked up faster than their digests
         self.closed = False  # nothing is ever added again in this attempt
         self._pending: list[SplitState] = []  # ascending by (order, split_id)
         self._known: set[str] = set()  # ids in _pending and _assigned
@@ -75,10 +83,15 @@ class SplitPool:
         """The splits nobody has, for the checkpoint that is triggered now."""
         return tuple(self._pending)
 
-    def restore(self, splits: Iterable[SplitState]) -> None:
+    def seen(self) -> SeenSplits | None:
+        """All that were ever found, for the checkpoint that is triggered now; None unless watched."""
+        return self._seen.freeze() if self._watched else None
+
+    def restore(self, splits: Iterable[SplitState], seen: SeenSplits | None = None) -> None:
         """Begin a new attempt with these: pending ones and begun ones with their positions (rule R2).
 
-        The pool is open again and nobody waits. Raises `ProtocolError` when a split stands twice.
+        ``seen``: of a watched one, all that were ever found. The pool is open again and nobody waits. Raises
+        `ProtocolError` when a split stands twice.
         """
         self.closed = False
         self._pending.clear()
@@ -86,6 +99,8 @@ class SplitPool:
         self._assigned.clear()
         self._waiting.clear()
         self._given.clear()
+        self._found.clear()
+        self._seen.restore(seen or ())
         for split in splits:
             if split.split_id in self._known:
                 raise ProtocolError(
@@ -105,8 +120,19 @@ class SplitPool:
         self._sort()
         return self._serve()
 
+    def discovered(self, found: Iterable[tuple[str, Json]]) -> tuple[int, tuple[Assignment, ...]]:
+        """What a look has found, known splits among it: (how many are new, the answers to those who waited)."""
+        order = max([len(self._seen), *(split.order + 1 for split in self._pending)])
+        new: list[SplitState] = []
+        for split_id, split in found:
+            if split_id not in self._found:
+                self._found.add(split_id)
+                if not self._seen.has(split_id):
+                    new.append(SplitState(self.source, split_id, order + len(new), split))
+        return len(new), self.add(new)
+
     def close(self) -> tuple[Assignment, ...]:
-        """No split will follow: a bounded source, or the end of discovery. The answers to those who waited."""
+        """No split will follow. The answers to those who waited."""
         self.closed = True
         return self._serve()
 
@@ -115,13 +141,18 @@ class SplitPool:
         if subtask in self._waiting:
             return SplitOutcome.DUPLICATE, ()
         self._waiting.append(subtask)
-        return SplitOutcome.ACCEPTED, self._serve()
+        answers = self._serve()
+        if subtask in self._waiting and self._settled(subtask):
+            answers += (Assignment(subtask, Assign((), no_more=False, settled=True)),)
+        return SplitOutcome.ACCEPTED, answers
 
     def _insert(self, split: SplitState) -> None:
         if split.source != self.source:
             raise ProtocolError(f"split {split.split_id!r} of source {split.source} came to the pool of {self.source}")
         self._known.add(split.split_id)
         self._pending.append(split)
+        if self._watched:
+            self._seen.add(split.split_id)
 
     def _sort(self) -> None:
         self._pending.sort(key=lambda s: (s.order, s.split_id))
@@ -134,9 +165,15 @@ class SplitPool:
     def _may_have(self, subtask: SubtaskId) -> bool:
         if not self._pending:
             return self.closed
-        if self._endless:
+        if self._in_turns:
             return self._given[subtask] < -(-len(self._known) // self._readers)
         return subtask not in self._given or len(self._pending) > self._reserved
+
+    def _settled(self, subtask: SubtaskId) -> bool:
+        """It has all that it is to have of what is known, and more may be found."""
+        if not self._watched or self.closed:
+            return False
+        return not self._may_have(subtask) if self._in_turns else not self._pending
 
     def _serve(self) -> tuple[Assignment, ...]:
         answers: list[Assignment] = []
@@ -147,11 +184,12 @@ class SplitPool:
                 splits = (self._pending.pop(0),)
                 self._assigned[splits[0].split_id] = subtask
                 self._given[subtask] += 1
-            answers.append(Assignment(subtask, Assign(splits, no_more=self.exhausted)))
+            answers.append(Assignment(subtask, Assign(splits, no_more=self.exhausted, settled=self._settled(subtask))))
         return tuple(answers)
 
     def check_invariants(self) -> None:
         pending = {s.split_id for s in self._pending}
+        assert not self._watched or all(map(self._seen.has, self._known)), "R2: a split is known and was not seen"
         assert len(pending) == len(self._pending), "a split stands twice"
         assert not pending & self._assigned.keys(), "a split is pending and assigned"
         assert self._known == pending | self._assigned.keys()

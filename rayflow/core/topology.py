@@ -30,7 +30,11 @@ class Topology:
     allow_dropped: frozenset[str] = frozenset()
     """Operators and sources that need not be there any more: what a checkpoint holds of them is left behind."""
     endless: frozenset[str] = frozenset()
-    """Sources whose splits never end: each subtask has its share of them from the beginning."""
+    """Sources whose splits never end: a checkpoint holds all of them."""
+    in_turns: frozenset[str] = frozenset()
+    """Sources whose splits are read side by side: each subtask has its share of them from the beginning."""
+    discovering: Mapping[str, float] = field(default_factory=dict)
+    """Sources that go on looking for new splits -> how often, in seconds."""
     whole: frozenset[str] = frozenset()
     """Sinks whose output the coordinator commits, once a checkpoint and for all subtasks together."""
     aligned: frozenset[str] = frozenset()

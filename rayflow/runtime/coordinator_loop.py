@@ -19,10 +19,13 @@ from rayflow.core.events import (
     CoordinatorAction,
     CoordinatorEvent,
     DiscardCheckpoint,
+    Discover,
+    Discovered,
     JobCleaned,
     JobEnded,
     JobState,
     LoadLatest,
+    LookFailed,
     ManifestFailed,
     ManifestWritten,
     Note,
@@ -78,6 +81,9 @@ class CoordinatorHost(Protocol):
 
     def background(self, task: Callable[[], CoordinatorEvent | None]) -> None:
         """Run the task off the loop, one at a time and in order; what it returns comes as an event."""
+
+    def look(self, task: Callable[[], CoordinatorEvent | None]) -> None:
+        """The same beside those tasks: it may take long, and no checkpoint waits for it."""
 
 
 @dataclass(slots=True)
@@ -160,6 +166,8 @@ class CoordinatorRuntime:
                     self._host.background(self._load(unresolved))
                 case RecoverSinks(attempt, manifest):
                     self._host.background(self._recover_sinks(attempt, manifest))
+                case Discover(attempt, source):
+                    self._host.look(self._look(attempt, source))
                 case WriteManifest():
                     self._host.background(self._write_manifest(action))
                 case CommitWhole():
@@ -231,6 +239,16 @@ class CoordinatorRuntime:
             )
         return self._discovered[source]
 
+    def _look(self, attempt: Attempt, source: str) -> Callable[[], CoordinatorEvent]:
+        def look() -> CoordinatorEvent:
+            try:
+                found = tuple(self._plan.sources()[source].source.discover_again())
+            except Exception as error:
+                return LookFailed(attempt, source, f"{type(error).__name__}: {error}")
+            return Discovered(attempt, source, found)
+
+        return look
+
     def _recover_sinks(self, attempt: Attempt, manifest: Manifest | None) -> Callable[[], CoordinatorEvent]:
         def recover() -> CoordinatorEvent:
             try:
@@ -262,6 +280,7 @@ class CoordinatorRuntime:
             operators=self._operators,
             subtasks=action.snapshots,
             pending_splits=action.pending_splits,
+            seen_splits=action.seen_splits,
         )
 
         def write() -> CoordinatorEvent:

@@ -277,3 +277,6 @@ class CoordinatorSide:
 
     def background(self, task: Callable[[], CoordinatorEvent | None]) -> None:
         self._world.coordinator_tasks.append(task)
+
+    def look(self, task: Callable[[], CoordinatorEvent | None]) -> None:
+        self.background(task)

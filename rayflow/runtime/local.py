@@ -65,6 +65,7 @@ class LocalDriver:
             if not self._world.coordinator_inbox:
                 raise ProtocolError("the local runtime has nothing to do although the job has not ended")
             return
-        if any(slot.runtime.polling for slot in self._world.slots.values()):
+        looks = bool(self._world.coordinator.machine.topology.discovering)
+        if looks or any(slot.runtime.polling for slot in self._world.slots.values()):
             time.sleep(IDLE_SLEEP_S)
         self._world.clock.advance_to(deadline)

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from rayflow.core.manifest import Manifest, StateHandle
-from rayflow.core.restore import remedy, splits_of, unmatched
+from rayflow.core.restore import not_seen, remedy, splits_of, unmatched
 from rayflow.core.topology import Topology
 from rayflow.errors import ConfigError, StateSchemaError
 from rayflow.operators.state.evolution import Outcome, compare
@@ -153,6 +153,7 @@ class _Comparison:
                 f"{manifest.max_parallelism}, or re-bucket the savepoint: rayflow rebucket {url} TARGET "
                 f"--max-parallelism {plan.max_parallelism}"
             )
+        self._problems += [f"it {problem}" for problem in not_seen(manifest, self._topology)]
         lines = [*self._gone(), *self._sources(), *self._operators(), *self._outputs()]
         return RestorePlan(
             flow=plan.name,

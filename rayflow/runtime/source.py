@@ -3,12 +3,14 @@
 R2: a snapshot holds every split that was assigned and is not read to its end, with the position behind the last batch
 that was emitted, and the newest event time there.
 
-**Splits that end are read one after another**, in the order in which they were assigned: the reading order of the
-subtask, of which ``max_delay`` speaks. One split ahead is asked for, so that reading does not wait for the coordinator
-between two splits. **Splits that never end are read in turns**, and each has a watermark of its own.
+**Splits are read one after another**, in the order in which they were assigned: the reading order of the subtask, of
+which ``max_delay`` speaks. One split ahead is asked for, so that reading does not wait for the coordinator between two
+splits. **Or in turns** (`Source.in_turns`), which splits that never end must be, and each has a watermark of its own.
 
 W2: the watermark is the minimum over the splits that are read and not idle. While splits may still be on their way to a
-subtask that reads in turns it stays where it is, because they may begin with older rows.
+subtask that reads in turns it stays where it is, because they may begin with older rows: until nothing more comes or,
+where new splits are looked for, all that are known are dealt out. While a subtask has no split and waits for one to be
+found, event time stays where it is; it is idle after ``idle_timeout``, and at once where splits are read in turns.
 A split is idle when it was asked for rows in vain for ``idle_timeout``: time in which it was not asked, because output
 waited or because others had to catch up, does not count by itself.
 """
@@ -49,10 +51,14 @@ class SourceRunner:
         self._planned = planned
         self._ctx = ctx
         self._time = planned.event_time
-        self._in_turns = not planned.source.bounded
+        self._in_turns: bool = planned.source.in_turns
         self._queue: deque[_Split] = deque()
         """In turns: the next to be asked first. Otherwise the first is read to its end."""
         self._no_more = False
+        self._settled = False
+        """More splits may be found, but none of those that are known comes."""
+        self._empty_since: float | None = None
+        """When it was first asked whether it is idle after its last split."""
         self._requested = False
         self.position = "before the first split"
         """Where the last batch was read, for messages and for telling a repeated failure."""
@@ -77,8 +83,17 @@ class SourceRunner:
 
     @property
     def idle(self) -> bool:
-        """Every split is idle."""
-        return self._watermarks.all_idle
+        """Every split is idle, or there is none for now."""
+        if self._queue or not self._settled:
+            return self._watermarks.all_idle
+        if self._in_turns:
+            return True
+        if self._time is None or self._time.idle_timeout_us is None:
+            return False
+        now = self._ctx.now()
+        if self._empty_since is None:
+            self._empty_since = now
+        return bool((now - self._empty_since) * 1e6 >= self._time.idle_timeout_us)
 
     @property
     def aligned(self) -> bool:
@@ -91,7 +106,7 @@ class SourceRunner:
         return limit is not None and split.tracker is not None and too_far(split.tracker.watermark, self.slowest, limit)
 
     def _advance(self, split: _Split) -> None:
-        if split.tracker is not None and (self._no_more or not self._in_turns):
+        if split.tracker is not None and (self._no_more or self._settled or not self._in_turns):
             self._watermarks.advance(split.state.split_id, split.tracker.watermark)
 
     def _asked_in_vain(self, split: _Split) -> None:
@@ -132,8 +147,10 @@ class SourceRunner:
         self._requested = True
         return True
 
-    def assign(self, splits: Sequence[SplitState], *, no_more: bool) -> None:
-        self._requested = False
+    def assign(self, splits: Sequence[SplitState], *, no_more: bool, settled: bool = False) -> None:
+        if splits or not settled:
+            self._requested = False
+            self._empty_since = None
         for state in splits:
             split = _Split(state, self._shared)
             if self._in_turns:
@@ -141,7 +158,8 @@ class SourceRunner:
                 self._begin_time(split)
             self._queue.append(split)
         self._no_more = self._no_more or no_more
-        if self._no_more and self._in_turns:
+        self._settled = settled
+        if (self._no_more or self._settled) and self._in_turns:
             for split in self._queue:
                 self._advance(split)
 

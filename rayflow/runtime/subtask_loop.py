@@ -197,9 +197,9 @@ class SubtaskRuntime:
                 self._perform(machine.on_complete(command))
             case Abort():
                 machine.on_abort(command)
-            case Assign(splits, no_more):
+            case Assign(splits, no_more, settled):
                 assert self._source is not None
-                self._source.assign(splits, no_more=no_more)
+                self._source.assign(splits, no_more=no_more, settled=settled)
             case SlowestSource(watermark):
                 assert self._source is not None
                 self._source.slowest = watermark

@@ -20,6 +20,7 @@ from rayflow.core.manifest import (
     decode,
     encode,
 )
+from rayflow.core.seen import SeenSplits, digest_of
 from rayflow.errors import CorruptCheckpointError
 
 # Surrogates cannot be encoded and never come from real names.
@@ -53,6 +54,7 @@ SNAPSHOTS = st.builds(
     committables=st.lists(st.builds(Committable, TEXT, VALUES), max_size=2).map(tuple),
     stats=st.builds(SnapshotStats, SECONDS, SECONDS, SECONDS, SECONDS, COUNT, COUNT),
 )
+SEEN = st.builds(SeenSplits, source=TEXT, digests=st.lists(st.binary(min_size=10, max_size=10)).map(b"".join))
 MANIFESTS = st.builds(
     Manifest,
     job=TEXT,
@@ -67,9 +69,11 @@ MANIFESTS = st.builds(
     operators=st.dictionaries(TEXT, TEXT, max_size=3),
     subtasks=st.lists(SNAPSHOTS, max_size=3).map(tuple),
     pending_splits=st.lists(SPLITS, max_size=2).map(tuple),
+    seen_splits=st.lists(SEEN, max_size=2).map(tuple),
 )
 
 SAMPLE = Manifest(
+    seen_splits=(SeenSplits("source", digest_of("s0") + digest_of("s1")),),
     job="delays",
     checkpoint=CheckpointId(7),
     kind="periodic",
@@ -140,8 +144,8 @@ def test_no_flipped_bit_changes_what_is_read(bit: int) -> None:
 
 def test_a_newer_version_is_refused_by_name() -> None:
     body = json.loads(encode(SAMPLE))
-    body["version"] = 3
-    with pytest.raises(CorruptCheckpointError, match="version 3.*upgrade rayflow"):
+    body["version"] = 4
+    with pytest.raises(CorruptCheckpointError, match="version 4.*upgrade rayflow"):
         decode(json.dumps(body).encode(), path="m.json")
 
 

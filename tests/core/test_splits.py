@@ -139,7 +139,7 @@ def test_no_split_is_lost_or_given_twice(steps: list[tuple[str, int]], readers: 
 
 
 def test_splits_that_never_end_are_shared_out_however_fast_one_asks() -> None:
-    pool = SplitPool("s", 2, endless=True)
+    pool = SplitPool("s", 2, in_turns=True)
     pool.restore(split(n) for n in range(5))
     pool.close()
     for _ in range(5):
@@ -155,7 +155,7 @@ def test_splits_that_never_end_are_shared_out_however_fast_one_asks() -> None:
 
 
 def test_subtasks_without_a_share_are_told_that_nothing_comes() -> None:
-    pool = SplitPool("s", 2, endless=True)
+    pool = SplitPool("s", 2, in_turns=True)
     pool.restore([split(0)])
     pool.close()
     assert pool.request(A)[1] == (Assignment(A, Assign((split(0),), True)),)

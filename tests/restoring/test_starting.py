@@ -173,8 +173,8 @@ def test_a_savepoint_of_another_flow_needs_a_word(savepoint: Path, tmp_path: Pat
 
 
 def test_a_newer_format_version_is_refused(savepoint: Path, tmp_path: Path) -> None:
-    rewrite(savepoint, version=3)
-    refused(savepoint, tmp_path, "format version 3, .*upgrade rayflow", error=rf.CorruptCheckpointError)
+    rewrite(savepoint, version=4)
+    refused(savepoint, tmp_path, "format version 4, .*upgrade rayflow", error=rf.CorruptCheckpointError)
 
 
 def test_a_missing_file_and_one_of_another_size_are_found_before_anything_starts(

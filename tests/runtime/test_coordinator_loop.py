@@ -75,6 +75,9 @@ class FakeHost:
     def background(self, task: Callable[[], CoordinatorEvent | None]) -> None:
         self.tasks.append(task)
 
+    def look(self, task: Callable[[], CoordinatorEvent | None]) -> None:
+        self.tasks.append(task)
+
 
 class Desk:
     """A coordinator on a store in memory that fails when told: ``faults`` maps a part of a path to what is raised."""

@@ -202,6 +202,9 @@ class Timed:
         splits = [SplitState("src", n, i, n, None, newest_us) for i, n in enumerate(names)]
         self.runner.assign(splits, no_more=no_more)
 
+    def idle(self) -> bool:
+        return self.runner.idle
+
     def poll(self, times: int = 1) -> int:
         """The watermark after so many polls."""
         for _ in range(times):
@@ -287,3 +290,68 @@ def test_a_split_that_is_too_far_ahead_is_not_read() -> None:
     assert not can_poll(timed)
     timed.runner.slowest = 36
     assert can_poll(timed)
+
+
+# ------------------------------------------------------------------------------------------- more splits may be found
+
+
+def test_event_time_advances_when_all_that_is_known_is_dealt_out() -> None:
+    timed = Timed({"a": [10, 12, 14], "b": [20], "c": [30]}, EventTime("t", max_delay_us=0))
+    timed.runner.assign([split("a")], no_more=False)
+    timed.poll()
+    assert timed.runner.watermark == MIN_WATERMARK, "another one may begin earlier"
+    timed.runner.assign([split("b")], no_more=False, settled=True)
+    assert timed.runner.watermark == MIN_WATERMARK
+    assert timed.poll(2) == 12
+    assert timed.runner.wants_split()
+    timed.runner.assign([], no_more=False, settled=True)
+    assert not timed.runner.wants_split(), "the request stays open"
+    timed.runner.assign([split("c")], no_more=False, settled=True)
+    assert timed.runner.wants_split()
+    assert timed.runner.watermark == 12, "it does not fall (W1)"
+
+
+def test_a_subtask_that_has_no_share_of_what_is_read_in_turns_is_idle() -> None:
+    timed = Timed({"a": [10]}, EventTime("t", max_delay_us=0))
+    assert not timed.idle()
+    timed.runner.assign([], no_more=False, settled=True)
+    assert timed.idle()
+    timed.runner.assign([split("a")], no_more=False, settled=True)
+    assert not timed.idle()
+
+
+def test_files_one_after_another_keep_event_time_while_none_is_there_until_they_are_idle() -> None:
+    timed = Timed({"a": [10, 11], "b": [20]}, EventTime("t", max_delay_us=0, idle_timeout_us=2_000_000), endless=False)
+    timed.runner.assign([split("a")], no_more=False, settled=True)
+    for _ in range(3):
+        timed.poll()
+    assert timed.runner.watermark == 11
+    assert not timed.runner.can_poll
+    assert not timed.idle()
+    timed.now += 1.9
+    assert not timed.idle()
+    timed.now += 0.2
+    assert timed.idle()
+    assert timed.runner.watermark == 11
+    timed.runner.assign([split("b")], no_more=False, settled=True)
+    assert not timed.idle()
+    timed.poll()
+    assert timed.runner.watermark == 20
+
+
+def test_files_that_are_only_waited_for_at_the_coordinator_do_not_make_a_subtask_idle() -> None:
+    timed = Timed({"a": [10]}, EventTime("t", max_delay_us=0, idle_timeout_us=2_000_000), endless=False)
+    assert not timed.idle()
+    timed.now += 10.0
+    assert not timed.idle(), "nobody has said that there is none"
+
+
+def test_a_bounded_source_may_be_read_in_turns() -> None:
+    class InTurns(ListSource):
+        in_turns = True
+
+    planned = PlannedSource("src", "my source", InTurns({"a": [[1], [3]], "b": [[2]]}))
+    source = SourceRunner(planned, context("src", "my source"))
+    source.assign([split("a"), split("b")], no_more=True)
+    assert polled(source) == [[1], [2], [3], None]
+    assert source.exhausted
