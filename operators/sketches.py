@@ -25,8 +25,10 @@ PRECISION: Final = 12
 REGISTERS: Final = 1 << PRECISION
 """Of a HyperLogLog sketch; its standard error is 1.04 / sqrt(REGISTERS) = 1.6 %."""
 _HASH_BITS: Final = 64 - PRECISION
+RANKS: Final = _HASH_BITS + 2
+"""Of a register, from 0 on: not in use."""
 _RANK_BITS: Final = 6
-_RANKS: Final = (1 << _RANK_BITS) - 1
+_RANK_MASK: Final = (1 << _RANK_BITS) - 1
 _DENSE_SHARE: Final = 8
 """All registers of all groups, a byte each, are cheaper than sorting if they are at most so many for each element."""
 _ESTIMATED_AT_ONCE: Final = 16_384
@@ -60,7 +62,7 @@ class DistinctEstimate(Bound):
         return pa.int64()
 
     def singles(self, values: Column, times_us: Column) -> list[Column]:
-        elements, valid = _elements(values)
+        elements, valid = elements_of(values)
         return [lists_of(pa.array(elements.astype(np.uint32)), valid.astype(np.int64))]
 
     def combine(self, parts: list[Column]) -> Combining:
@@ -70,7 +72,7 @@ class DistinctEstimate(Bound):
         return [_highest(np.repeat(grouped.ids, lengths), elements.to_numpy(), grouped.groups)]
 
     def from_rows(self, values: Column, times_us: Column) -> Combining:
-        elements, valid = _elements(values)
+        elements, valid = elements_of(values)
         grouped = yield Ask(ids=True)
         assert grouped.ids is not None
         return [_highest(grouped.ids[valid], elements, grouped.groups)]
@@ -82,7 +84,15 @@ class DistinctEstimate(Bound):
         return pa.array(np.rint(np.concatenate(found)).astype(np.int64) if found else [], pa.int64())
 
 
-def _elements(values: Column) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+def register_of(elements: Int64Array) -> Int64Array:
+    return elements >> _RANK_BITS
+
+
+def rank_of(elements: Int64Array) -> Int64Array:
+    return elements & _RANK_MASK
+
+
+def elements_of(values: Column) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
     """(elements of the values that are not null, which are not null)."""
     column = flat(values)
     valid = column.is_valid().to_numpy(zero_copy_only=False)
@@ -99,8 +109,8 @@ def _highest(ids: Int64Array, elements: npt.NDArray[Any], groups: int) -> pa.Lar
     """The highest rank of each register of each group."""
     if groups * REGISTERS <= _DENSE_SHARE * len(elements):
         ranks = np.zeros(groups * REGISTERS, np.uint8)
-        places = ids * REGISTERS + (elements >> _RANK_BITS)
-        np.maximum.at(ranks, places, (elements & _RANKS).astype(np.uint8))
+        places = ids * REGISTERS + register_of(elements)
+        np.maximum.at(ranks, places, rank_of(elements).astype(np.uint8))
         used = np.flatnonzero(ranks)
         keys = (used // REGISTERS) << 32 | (used % REGISTERS) << _RANK_BITS | ranks[used]
     else:
@@ -111,14 +121,19 @@ def _highest(ids: Int64Array, elements: npt.NDArray[Any], groups: int) -> pa.Lar
 
 
 def _estimates(elements: pa.Array, lengths: Int64Array) -> FloatArray:
-    groups, ranks = len(lengths), _HASH_BITS + 2
+    groups = len(lengths)
     owners = np.repeat(np.arange(groups), lengths)
-    of_rank = elements.to_numpy().astype(np.int64) & _RANKS
-    counts = np.bincount(owners * ranks + of_rank, minlength=groups * ranks).reshape(groups, ranks)
+    of_rank = rank_of(elements.to_numpy().astype(np.int64))
+    return estimates_of(np.bincount(owners * RANKS + of_rank, minlength=groups * RANKS).reshape(groups, RANKS))
+
+
+def estimates_of(counts: Int64Array) -> FloatArray:
+    """From how many registers of a sketch have each rank; a row a sketch. Registers not in use have rank 0 and are not
+    counted."""
     sums = REGISTERS * _tau(1.0 - counts[:, -1] / REGISTERS)
     for rank in range(_HASH_BITS, 0, -1):
         sums = 0.5 * (sums + counts[:, rank])
-    sums = sums + REGISTERS * _sigma(1.0 - lengths / REGISTERS)
+    sums = sums + REGISTERS * _sigma(1.0 - counts.sum(axis=1) / REGISTERS)
     estimates: FloatArray = REGISTERS * REGISTERS / (2.0 * np.log(2.0)) / sums
     return estimates
 

@@ -15,10 +15,11 @@ from rayflow.operators.base import MAIN, Operator
 from rayflow.operators.event_time import check_event_time, event_times_us
 from rayflow.operators.grouping import flat
 from rayflow.operators.keyed.keyed_operator import KeyedOperator, key_schema
-from rayflow.operators.keyed.scans import Scan, count, scan_of
+from rayflow.operators.keyed.scan import Scan, count
+from rayflow.operators.keyed.scans import scan_of
 from rayflow.operators.keyed.segments import Numbers, Segments
 from rayflow.operators.ordered_partials import Edge
-from rayflow.operators.partials import Bound, CountRows
+from rayflow.operators.partials import Bound, CountRows, CountValues
 from rayflow.operators.preaggregate import ROWS
 from rayflow.operators.state.table import StateTable
 
@@ -34,6 +35,7 @@ class RunningPlan:
     """Columns that go out as they came: keys and event time."""
     aggregates: tuple[Aggregate, ...]
     bounds: tuple[Bound, ...]
+    """How what the scans give becomes results."""
     scans: tuple[Scan, ...]
     keys: pa.Schema
     values: pa.Schema
@@ -87,7 +89,8 @@ class RunningAggregate:
         if schema is None:
             return None
         plan = self.plan(schema)
-        return {STATE: pa.schema([*plan.keys, *plan.values])}
+        sides = {scan.side[0].name: pa.schema([*plan.keys, *scan.side]) for scan in plan.scans if scan.side}
+        return {STATE: pa.schema([*plan.keys, *plan.values])} | sides
 
     def plan(self, schema: pa.Schema) -> RunningPlan:
         """For rows of ``schema``; raises `PlanError` for what does not fit."""
@@ -99,15 +102,16 @@ class RunningAggregate:
             isinstance(bound, CountRows) or (isinstance(bound, Edge) and self.event_time is None) for bound in bounds
         )
         values = [pa.field(ROWS, pa.int64())] if counted else []
-        values += [part for bound in bounds for part in bound.parts]
-        names = [*self.keys, *(part.name for part in values)]
+        scans = tuple(scan_of(bound) for bound in bounds)
+        values += [field for scan in scans for field in scan.fields]
+        names = [*self.keys, *(part.name for part in values), *(part.name for scan in scans for part in scan.side)]
         if len(set(names)) != len(names):
             raise PlanError(f"columns of the state meet: {names}; rename the aggregates or keys with a dot in them")
         passed = tuple(dict.fromkeys([*self.keys, *filter(None, [self.event_time])]))
         output = [pa.field(name, schema.field(name).type) for name in passed]
         output += [pa.field(bound.name, bound.result_type) for bound in bounds]
-        scans = tuple(scan_of(bound) for bound in bounds)
         aggregates = tuple(self.aggregates.values())
+        bounds = tuple(CountValues(b.name) if scan.side else b for b, scan in zip(bounds, scans, strict=True))
         return RunningPlan(passed, aggregates, bounds, scans, keys, pa.schema(values), pa.schema(output), counted)
 
     def build(self) -> Operator:
@@ -119,6 +123,7 @@ class RunningOperator(KeyedOperator):
 
     _plan: RunningPlan
     _table: StateTable
+    _sides: list[StateTable | None]
 
     def __init__(self, factory: RunningAggregate) -> None:
         super().__init__(factory.keys)
@@ -127,13 +132,22 @@ class RunningOperator(KeyedOperator):
     def bind(self, schema: pa.Schema) -> None:
         assert self.state is not None
         self._plan = self._factory.plan(schema)
-        self._table = self.state.table(STATE, self._plan.keys, self._plan.values)
+        keys = self._plan.keys
+        self._table = self.state.table(STATE, keys, self._plan.values)
+        self._sides = [self._side(keys, scan.side) if scan.side else None for scan in self._plan.scans]
+
+    def _side(self, keys: pa.Schema, fields: Sequence[pa.Field]) -> StateTable:
+        assert self.state is not None
+        return self.state.table(str(fields[0].name), pa.schema([*keys, fields[0]]), pa.schema(fields[1:]), subkeys=1)
 
     def take(self, batch: pa.RecordBatch) -> Sequence[tuple[pa.RecordBatch, str]]:
         plan, table = self._plan, self._table
         values = [aggregate.evaluate(batch) for aggregate in plan.aggregates]
-        segments = Segments.of(table.slots(self.key_columns(batch), insert=True))
+        keys = self.key_columns(batch)
+        segments = Segments.of(table.slots(keys, insert=True))
         order = pa.array(segments.order)
+        if any(side is not None for side in self._sides):
+            keys = [key.take(order) for key in keys]
         counts = count(segments, table, ROWS, None) if plan.counted else None
         times = self._times(batch, segments, counts)
         every = self._factory.emit == "every"
@@ -141,9 +155,12 @@ class RunningOperator(KeyedOperator):
         places = pa.array(chosen)
         rows = pa.array([] if counts is None else counts, pa.int64())
         columns = self._passed(batch, segments, chosen)
-        for aggregate, bound, scan in zip(values, plan.bounds, plan.scans, strict=True):
+        for aggregate, bound, scan, side in zip(values, plan.bounds, plan.scans, self._sides, strict=True):
             column = rows if aggregate is None else flat(aggregate).take(order)
-            parts = scan.advance(segments, table, column, times)
+            if side is None:
+                parts = scan.advance(segments, table, column, times)
+            else:
+                parts = scan.advance_side(segments, table, side, keys, column)
             if every:
                 columns.append(bound.finalise(parts, rows).take(places))
             else:

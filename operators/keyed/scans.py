@@ -7,8 +7,7 @@ Rows are in the order of `Segments` throughout ("sorted").
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -19,30 +18,16 @@ import pyarrow.compute as pc
 from rayflow.errors import PlanError
 from rayflow.operators.grouping import Column, flat
 from rayflow.operators.keyed.cells import array_of, integers_of, is_number, numbers_of, seeds_of, store
+from rayflow.operators.keyed.scan import Scan, count
 from rayflow.operators.keyed.segments import Numbers, Segments
-from rayflow.operators.ordered_partials import Deviation, Edge
+from rayflow.operators.keyed.set_scans import DistinctScan, EstimateScan
+from rayflow.operators.list_partials import DistinctCount
+from rayflow.operators.ordered_partials import Champion, Deviation, Edge
 from rayflow.operators.partials import Bound, CountRows, CountValues, Extreme, IntegerSum, Mean, SimpleSum
+from rayflow.operators.sketches import DistinctEstimate
 from rayflow.operators.state.table import StateTable
 
 _LOW: Final = 0xFFFFFFFF
-
-
-@dataclass(frozen=True, slots=True)
-class Scan(ABC):
-    """One running aggregate of known types."""
-
-    fields: tuple[pa.Field, ...]
-    """Its columns in the table: those of `Bound.parts`."""
-
-    @abstractmethod
-    def advance(self, segments: Segments, table: StateTable, values: Column, times: Numbers) -> list[pa.Array]:
-        """Partial results after each row (sorted); the table then holds those after the last row of each key.
-
-        ``values`` and ``times`` are sorted; a row of equal ``times`` ties. The caller touches the slots.
-        """
-
-    def _name(self, part: int) -> str:
-        return str(self.fields[part].name)
 
 
 class NoScan(Scan):
@@ -174,23 +159,28 @@ class RankedScan(Scan):
             before, _ = seeds_of(table, self._name(1), segments.heads, 0)
             columns["time"] = pa.array(np.concatenate([before, times]))
             kinds.insert(0, ("time", "ascending"))
-        by_rank = pc.sort_indices(pa.table(columns), sort_keys=kinds).to_numpy()
-        rank = np.empty(len(by_rank), np.int64)
-        rank[by_rank] = np.arange(len(by_rank))
-        worst = -1 if self.largest else len(by_rank)
-        rank[column.is_null().to_numpy(zero_copy_only=False)] = worst
-        scanned = segments.scan(
-            np.maximum if self.largest else np.minimum, rank[: len(segments.heads)], rank[len(segments.heads) :]
-        )
-        none = scanned == worst
-        chosen = pa.array(by_rank[np.where(none, 0, scanned)].astype(np.int64), mask=none if none.any() else None)
+        missing = column.is_null().to_numpy(zero_copy_only=False)
+        chosen = _best_so_far(segments, columns, kinds, missing, largest=self.largest)
         found = [column.take(chosen)]
         if timed:
             found.append(columns["time"].take(chosen))
-        last = pa.array(segments.ends)
-        for part, field in zip(found, self.fields, strict=True):
-            table.set(segments.heads, field.name, part.take(last))
-        return found
+        return _kept(self, segments, table, found)
+
+
+@dataclass(frozen=True, slots=True)
+class ChampionScan(Scan):
+    """`Champion`: a scan over ranks by (by, value), of rows in which neither is null."""
+
+    largest: bool
+
+    def advance(self, segments: Segments, table: StateTable, values: Column, times: Numbers) -> list[pa.Array]:
+        pairs = zip(self.fields, flat(values).flatten(), strict=True)
+        value, by = (pa.concat_arrays([table.get(segments.heads, field.name), column]) for field, column in pairs)
+        columns = {"by": integers_of(by), "value": integers_of(value)}
+        missing = pc.or_(value.is_null(), by.is_null()).to_numpy(zero_copy_only=False)
+        kinds = [("by", "ascending"), ("value", "ascending")]
+        chosen = _best_so_far(segments, columns, kinds, missing, largest=self.largest)
+        return _kept(self, segments, table, [value.take(chosen), by.take(chosen)])
 
 
 class DeviationScan(Scan):
@@ -221,17 +211,6 @@ class DeviationScan(Scan):
         return [pa.array(part) for part in found]
 
 
-def count(segments: Segments, table: StateTable, name: str, values: pa.Array | None) -> Numbers:
-    """Running count of values that are not null (None: of rows), kept in the int64 column ``name``."""
-    seeds, _ = seeds_of(table, name, segments.heads, 0)
-    if values is None or values.null_count == 0:
-        counts = np.repeat(seeds, segments.lengths) + segments.occurrence() + 1
-    else:
-        counts = segments.add(seeds, values.is_valid().to_numpy(zero_copy_only=False).astype(np.int64))
-    store(table, name, segments.heads, counts[segments.ends])
-    return counts
-
-
 def scan_of(bound: Bound) -> Scan:
     """The running form of an aggregate; raises `PlanError` if there is none."""
     parts = bound.parts
@@ -252,10 +231,45 @@ def scan_of(bound: Bound) -> Scan:
             return RankedScan(parts, bound.latest)
         case Deviation():
             return DeviationScan(parts)
+        case Champion():
+            return ChampionScan(parts, bound.largest)
+        case DistinctCount():
+            return DistinctScan.of(bound)
+        case DistinctEstimate():
+            return EstimateScan.of(bound)
     raise PlanError(
-        f"the aggregate {bound.name!r} has no running form ({type(bound).__name__}); put .window(...) before agg, or "
-        "keep what it needs in a KeyedProcess"
+        f"the aggregate {bound.name!r} has no running form: every row would need a walk over all that quantile, "
+        "median, collect and aggregates of your own keep of its key; put .window(...) before agg, or use a KeyedProcess"
     )
+
+
+def _best_so_far(
+    segments: Segments,
+    columns: Mapping[str, pa.Array],
+    by: Sequence[tuple[str, str]],
+    missing: Numbers,
+    *,
+    largest: bool,
+) -> pa.Array:
+    """Which row of ``columns`` is the largest or smallest one after each row; null: none yet. First come the seeds, one
+    a segment, then the rows, sorted; ``missing`` ones do not count."""
+    by_rank = pc.sort_indices(pa.table(dict(columns)), sort_keys=list(by)).to_numpy()
+    rank = np.empty(len(by_rank), np.int64)
+    rank[by_rank] = np.arange(len(by_rank))
+    worst = -1 if largest else len(by_rank)
+    rank[missing] = worst
+    seeds = len(segments.heads)
+    scanned = segments.scan(np.maximum if largest else np.minimum, rank[:seeds], rank[seeds:])
+    none = scanned == worst
+    return pa.array(by_rank[np.where(none, 0, scanned)].astype(np.int64), mask=none if none.any() else None)
+
+
+def _kept(scan: Scan, segments: Segments, table: StateTable, found: list[pa.Array]) -> list[pa.Array]:
+    """``found``, of which the table has the last of each key."""
+    last = pa.array(segments.ends)
+    for part, field in zip(found, scan.fields, strict=True):
+        table.set(segments.heads, field.name, part.take(last))
+    return found
 
 
 def _seen(segments: Segments, seeded: Numbers, valid: Numbers | None) -> Numbers | None:

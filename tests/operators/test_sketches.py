@@ -57,13 +57,13 @@ def test_the_test_of_estimates_is_not_blind(monkeypatch: pytest.MonkeyPatch) -> 
     """Broken variants: ranks that are one too low, and estimates of parts that are added up."""
     found = estimates(10_000, 50, seed=1)
     assert spread_of(found * 2, 10_000)[2] > 0.9
-    right = sketches._elements
+    right = sketches.elements_of
 
     def too_low(values: Any) -> Any:
         elements, valid = right(values)
         return np.where(elements & 63 > 1, elements - 1, elements), valid
 
-    monkeypatch.setattr(sketches, "_elements", too_low)
+    monkeypatch.setattr(sketches, "elements_of", too_low)
     assert spread_of(estimates(10_000, 50, seed=1), 10_000)[1] > 0.016 * 3
 
 

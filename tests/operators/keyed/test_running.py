@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
@@ -18,9 +19,11 @@ from rayflow.core.ids import MAX_WATERMARK
 from rayflow.errors import ConfigError, DataError, KeyHashError, PlanError, SchemaChangedError
 from rayflow.expressions import col
 from rayflow.operators.base import Collected
+from rayflow.operators.grouping import group
 from rayflow.operators.keyed.running import RunningAggregate
+from rayflow.operators.state.table import StateTable
 from rayflow.operators.windows import WindowAggregate, tumbling
-from tests.operators.helpers import opened, rows
+from tests.operators.helpers import frozen, opened, rows
 from tests.operators.keyed.rig import WAYS, Way, by_key, run, table_of
 
 SCHEMA = pa.schema(
@@ -59,13 +62,28 @@ AGGREGATES = {
     "sd": rf.stddev("f"),
     "psd": rf.stddev("v", ddof=0),
     "twice": rf.sum(col("v") * 2),
+    "vs": rf.variance("v"),
+    "pvs": rf.variance("v", ddof=0),
+    "many": rf.count_distinct("v"),
+    "words": rf.count_distinct("w", where=col("b")),
+    "fmany": rf.count_distinct("f"),
+    "dmany": rf.count_distinct("d"),
+    "days": rf.count_distinct("day"),
+    "which": rf.arg_max("v", "f"),
+    "whose": rf.arg_min("w", "v", where=col("v") > 0),
+    "latest": rf.arg_max("d", "t"),
 }
 ORACLE = """
     select k, s, count(*) over w n, count(v) over w c, (sum(v) over w)::bigint total, sum(f) over w floats,
         sum(d) over w exact, (sum(b::int) over w)::bigint trues, (sum(u) over w)::ubigint small,
         avg(v) over w av, avg(f) over w favg, avg(d) over w davg, min(v) over w lo, max(f) over w hi, min(f) over w flo,
         max(w) over w whi, min(d) over w dlo, min(b) over w ball, max(day) over w dayhi, stddev(f) over w sd,
-        stddev_pop(v) over w psd, (sum(v * 2) over w)::bigint twice
+        stddev_pop(v) over w psd, (sum(v * 2) over w)::bigint twice, var_samp(v) over w vs, var_pop(v) over w pvs,
+        count(distinct v) over w many, count(distinct w) filter (b) over w words, count(distinct f) over w fmany,
+        count(distinct d) over w dmany, count(distinct day) over w ndays,
+        (max({'by': f, 'x': v}) filter (f is not null and v is not null) over w).x which,
+        (min({'by': v, 'x': w}) filter (v > 0 and w is not null) over w).x whose,
+        (max({'by': t, 'x': d}) filter (d is not null) over w).x latest
     from (select *, row_number() over () r from data)
     window w as (partition by k, s order by r rows unbounded preceding) order by r
 """
@@ -283,3 +301,65 @@ def test_rows_of_another_schema_and_null_times_are_refused() -> None:
     other = schema.set(2, pa.field("v", pa.int32()))
     with pytest.raises(SchemaChangedError, match="expected those before it"):
         operator.process(table_of(other, [(1, 1, 1)]).to_batches()[0], 0)
+
+
+VALUES = st.lists(st.tuples(st.integers(0, 2), st.one_of(st.none(), st.integers(0, 10**6))), min_size=1, max_size=60)
+
+
+@settings(max_examples=60, deadline=None)
+@given(VALUES, WAYS)
+def test_the_running_estimate_is_that_of_a_window_over_the_rows_so_far(
+    data: list[tuple[int, int | None]], way: Way
+) -> None:
+    schema = pa.schema([("k", pa.int64()), ("v", pa.int64())])
+    factory = RunningAggregate(keys=("k",), aggregates={"n": rf.approx_count_distinct("v"), "c": rf.count("v")})
+    found = by_key(run(factory, table_of(schema, data), way), ("k",))
+    bound = rf.approx_count_distinct("v").bind("n", schema)
+    for key, told in found.items():
+        values = [v for k, v in data if k == told[0]["k"]]
+        for at, row in enumerate(told, 1):
+            column = pa.array(values[:at], pa.int64())
+            (_, (parts,)) = group([pa.array([0] * at)], [bound.from_rows(column, column)])
+            assert row["n"] == bound.finalise(parts, pa.array([at])).to_pylist()[0], (key, at)
+
+
+def test_the_running_estimate_stays_within_its_error_and_changes_only_upwards() -> None:
+    rng = np.random.default_rng(5)
+    values = rng.integers(0, 30_000, 120_000)
+    table = pa.table({"k": pa.array(np.zeros(len(values), np.int64)), "v": pa.array(values)})
+    both = {"n": rf.approx_count_distinct("v"), "exact": rf.count_distinct("v")}
+    operator, out = opened(RunningAggregate(keys=("k",), aggregates=both))
+    for batch in table.to_batches(max_chunksize=16_384):
+        operator.process(batch, 0)
+    told = out.table()
+    assert told is not None
+    estimates, exact = told["n"].to_numpy(), told["exact"].to_numpy()
+    assert (np.diff(estimates) >= 0).all()
+    assert exact[-1] == len(np.unique(values))
+    assert np.abs(estimates[1_000:] / exact[1_000:] - 1).max() < 0.06
+
+
+def test_different_values_are_kept_in_a_table_of_their_own_that_grows_by_what_is_new() -> None:
+    factory = RunningAggregate(
+        keys=("k",), aggregates={"n": rf.count_distinct("v"), "e": rf.approx_count_distinct("v")}
+    )
+    schema = pa.schema([("k", pa.int64()), ("v", pa.int64())])
+    operator, _ = opened(factory)
+    operator.process(table_of(schema, [(1, 5), (1, 5), (2, 5), (1, None)]).to_batches()[0], 0)
+    states = {state.name: state.table for state in frozen(operator)}
+    assert {name: table.schema for name, table in states.items()} == factory.state_schemas(schema)
+    assert sorted(map(str, states["n.value"].to_pylist())) == ["{'k': 1, 'n.value': 5}", "{'k': 2, 'n.value': 5}"]
+    assert states["e.register"].num_rows == 2
+    assert states["running"]["n.count"].to_pylist() == [1, 1]
+
+
+def test_a_distinct_count_that_forgets_what_it_has_seen_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The broken variant: new rows of the side table are kept from the next checkpoint."""
+    data = [(1, v % 5) for v in range(40)]
+    table = table_of(pa.schema([("k", pa.int64()), ("v", pa.int64())]), data)
+    factory = RunningAggregate(keys=("k",), aggregates={"n": rf.count_distinct("v")})
+    way = Way([10, 20], restores=True)
+    assert run(factory, table, way)[-1]["n"] == 5
+    real = StateTable.touch
+    monkeypatch.setattr(StateTable, "touch", lambda self, slots: None if self.name == "n.value" else real(self, slots))
+    assert run(factory, table, way)[-1]["n"] != 5
