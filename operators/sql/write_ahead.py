@@ -116,6 +116,7 @@ class WriteAheadCommitter(Committer):
 
     def _commit(self, session: TargetSession, promises: Sequence[Promise]) -> None:
         marks = [p.mark for p in promises]
+        session.ensure(None)
         known = session.known(marks)
         due = [p for p in promises if not known.has(p.mark)]
         if not due:
