@@ -25,6 +25,7 @@ MODULES = (
     "parquet_sink",
     "exchange",
     "recovery",
+    "kafka_source",
     "credit_bound",
     "memory_flat",
     "kill_runs",

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Self
 from rayflow.errors import ConfigError, ConnectorError, RayflowError
 
 CALL_TIMEOUT_S = 10.0
+_SLICE_S = 1.0
 PATIENCE_S = 60.0
 """How long all brokers may be away before a subtask gives up and leaves the waiting to the restart strategy."""
 
@@ -175,12 +176,15 @@ class Cluster:
         return found | (self.latest(none) if none else {})
 
     def _metadata(self, topic: str | None) -> Any:
-        try:
-            if topic is None:
-                return self._consumer.list_topics(timeout=CALL_TIMEOUT_S)
-            return self._consumer.list_topics(topic, timeout=CALL_TIMEOUT_S)
-        except self._kafka.KafkaException as error:
-            raise self._failed(error.args[0], "list topics") from error
+        about = () if topic is None else (topic,)
+        deadline = time.monotonic() + CALL_TIMEOUT_S
+        while True:  # in slices, so that refused credentials are told at once
+            try:
+                return self._consumer.list_topics(*about, timeout=min(_SLICE_S, CALL_TIMEOUT_S))
+            except self._kafka.KafkaException as error:
+                failed = self._failed(error.args[0], "list topics")
+                if isinstance(failed, ConfigError) or time.monotonic() >= deadline:
+                    raise failed from error
 
     def _offsets(self, wanted: Mapping[Partition, Any]) -> dict[Partition, int]:
         if not wanted:

@@ -8,11 +8,12 @@ are found later begin at their earliest message: all they hold came after the jo
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import pyarrow as pa
 
@@ -23,7 +24,7 @@ from rayflow.operators.kafka.client import Cluster, Partition, check_options, co
 from rayflow.operators.kafka.columns import TYPES, chosen
 from rayflow.operators.kafka.consumer import SharedConsumer
 from rayflow.operators.kafka.dead_letters import DeadLetters
-from rayflow.operators.kafka.formats import Format, RawFormat
+from rayflow.operators.kafka.formats import Format, JsonFormat, RawFormat
 from rayflow.operators.kafka.reader import OnError, PartitionReader
 
 Start = Literal["earliest", "latest"] | datetime | Mapping[tuple[str, int], int]
@@ -111,7 +112,7 @@ class KafkaSource(Source):
         double = [name for name in format.schema.names if name in self.metadata]
         if double:
             raise ConfigError(f"{_STEP}(metadata) adds {double[0]!r}, which the schema has already; leave one out")
-        self._schema = pa.schema([*format.schema, *(pa.field(name, TYPES[name]) for name in self.metadata)])
+        self._keep_tombstones = "_key" in self.metadata or isinstance(format, RawFormat)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_consumers": {}}  # connections stay where they are
@@ -120,10 +121,26 @@ class KafkaSource(Source):
         return f"KafkaSource({self.topics!r})"  # options may hold a password
 
     def schema(self) -> pa.Schema:
-        return self._schema
+        return pa.schema([*self.format.schema, *(pa.field(name, TYPES[name]) for name in self.metadata)])
 
     def declared_schema(self) -> pa.Schema:
-        return self._schema
+        return self.schema()
+
+    def project(self, columns: Sequence[str]) -> Self:
+        """The same source, giving only these columns; itself where they cannot be left out.
+
+        Unless ``on_error="fail"`` every column of the message is read, because leaving one out would change which
+        messages are bad.
+        """
+        payload = [field for field in self.format.schema if field.name in columns]
+        if not payload:
+            return self
+        other = copy.copy(self)
+        other._consumers = {}
+        other.metadata = tuple(name for name in self.metadata if name in columns)
+        if isinstance(self.format, JsonFormat) and self.on_error == "fail":
+            other.format = replace(self.format, columns=pa.schema(payload))
+        return other
 
     @property
     def bounded(self) -> bool:
@@ -217,7 +234,7 @@ class KafkaSource(Source):
             stop=None if split["stop"] is None else int(split["stop"]),
             format=self.format,
             metadata=self.metadata,
-            keep_tombstones="_key" in self.metadata or isinstance(self.format, RawFormat),
+            keep_tombstones=self._keep_tombstones,
             on_error=self.on_error,
             dead_letters=dead_letters,
             ctx=ctx,

@@ -331,6 +331,18 @@ def test_a_source_travels_without_its_connections(kafka: KafkaServer, filled: st
     reader.close()
 
 
+def test_columns_that_nobody_reads_are_not_decoded(kafka: KafkaServer) -> None:
+    topic = kafka.topic()
+    kafka.produce(topic, [Message(b'{"id": "no number", "name": "n"}', b"k"), Message(None, b"l")])
+    source = json_source(kafka, topic, stop="latest", metadata=["_key", "_offset"])
+    projected = source.project(["name", "_offset"])
+    assert projected.schema().names == ["name", "_offset"]
+    assert read_all(projected) == [{"name": "n", "_offset": 0}, {"name": None, "_offset": 1}]
+    assert source.project(["_offset"]) is source
+    strict = json_source(kafka, topic, stop="latest", on_error="skip").project(["name"])
+    assert read_all(strict) == []
+
+
 def test_topics_that_are_not_there(kafka: KafkaServer, filled: str) -> None:
     with pytest.raises(ConfigError, match=f"expected topic 'nope' at {kafka.bootstrap_servers}.*create it"):
         json_source(kafka, ["nope", filled]).discover()
