@@ -24,8 +24,8 @@ from dataclasses import dataclass, replace
 import pyarrow as pa
 
 from rayflow.core.drift import too_far
-from rayflow.core.ids import MIN_WATERMARK
-from rayflow.core.manifest import SplitState
+from rayflow.core.ids import MIN_WATERMARK, CheckpointId
+from rayflow.core.manifest import Json, SplitState
 from rayflow.core.watermarks import InputWatermarks
 from rayflow.errors import DataError, RayflowError, UserCodeError
 from rayflow.operators.base import OperatorContext, SplitReader
@@ -60,6 +60,8 @@ class SourceRunner:
         self._empty_since: float | None = None
         """When it was first asked whether it is idle after its last split."""
         self._requested = False
+        self._taken: dict[CheckpointId, dict[str, Json]] = {}
+        """Positions by split in checkpoints that are not known to be complete; those aborted go with the next one."""
         self.position = "before the first split"
         """Where the last batch was read, for messages and for telling a repeated failure."""
         self._skipped_before = 0
@@ -251,6 +253,21 @@ class SourceRunner:
             else split.state
             for split in sorted(self._queue, key=lambda split: (split.state.order, split.state.split_id))
         )
+
+    def snapshot(self, checkpoint: CheckpointId) -> tuple[SplitState, ...]:
+        """What the checkpoint holds; its positions are kept until it is known to be complete."""
+        splits = self.unfinished()
+        self._taken[checkpoint] = {split.split_id: split.position for split in splits}
+        return splits
+
+    def checkpointed(self, checkpoint: CheckpointId) -> None:
+        """The checkpoint is complete: tell the readers of the splits in it that are still read."""
+        positions = self._taken.get(checkpoint, {})
+        self._taken = {n: taken for n, taken in self._taken.items() if n > checkpoint}
+        for split in self._queue:
+            position = positions.get(split.state.split_id)
+            if split.reader is not None and position is not None:
+                split.reader.checkpointed(position)
 
     def close(self) -> None:
         for split in self._queue:

@@ -470,7 +470,7 @@ class SubtaskRuntime:
         assert self._uploads is not None
         began = self._host.now()
         frozen = self._chain.snapshot(action.checkpoint)
-        splits = self._source.unfinished() if self._source is not None else ()
+        splits = self._source.snapshot(action.checkpoint) if self._source is not None else ()
         stats = SnapshotStats(alignment_s=action.alignment_s, sync_s=self._host.now() - began)
         self._host.background(
             self._uploads.upload_task(self.attempt, action.checkpoint, frozen, splits, stats, self._host.now)
@@ -478,6 +478,8 @@ class SubtaskRuntime:
 
     def _commit(self, checkpoint: CheckpointId) -> None:
         assert self._uploads is not None
+        if self._source is not None:
+            self._source.checkpointed(checkpoint)
         self._host.background(self._uploads.commit_task(self.attempt, checkpoint))
 
 

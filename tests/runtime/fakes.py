@@ -143,6 +143,9 @@ class ListReader(SplitReader):
             return Polled(batch(1000), self._position, done=True)
         return Polled(None if item is None else batch(*item), self._position)
 
+    def checkpointed(self, position: Json) -> None:
+        self._log.append(("checkpointed", position))
+
     def close(self) -> None:
         self._log.append(("closed",))
 

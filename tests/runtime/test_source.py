@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from rayflow.core.ids import MIN_WATERMARK
+from rayflow.core.ids import MIN_WATERMARK, CheckpointId
 from rayflow.core.manifest import SplitState
 from rayflow.errors import DataError, UserCodeError
 from rayflow.operators.base import EventTime
@@ -355,3 +355,23 @@ def test_a_bounded_source_may_be_read_in_turns() -> None:
     source.assign([split("a"), split("b")], no_more=True)
     assert polled(source) == [[1], [2], [3], None]
     assert source.exhausted
+
+
+# ------------------------------------------------------------------------------------------------ complete checkpoints
+
+
+def test_a_reader_hears_its_position_in_the_checkpoint_that_is_complete() -> None:
+    log: Log = []
+    source = runner(log, a=[[1], [2], [3]])
+    source.assign([split("a"), split("b")], no_more=True)
+    source.snapshot(CheckpointId(1))
+    source.poll()
+    source.snapshot(CheckpointId(2))
+    source.poll()
+    source.snapshot(CheckpointId(3))
+    source.poll()
+    source.checkpointed(CheckpointId(1))
+    assert log == [("reader", "a", None)], "it had not begun"
+    source.checkpointed(CheckpointId(3))
+    source.checkpointed(CheckpointId(2))
+    assert log[1:] == [("checkpointed", 2)], "not where it is now, and nothing older later"

@@ -309,3 +309,15 @@ def test_while_output_waits_for_credit_nothing_is_idle() -> None:
     rig.element(Idle(), SECOND)
     rig.work(3, seconds=0.1)
     assert Idle() not in rig.sent()
+
+
+def test_readers_hear_of_a_complete_checkpoint() -> None:
+    rig = Rig("src", splits={"a": [[1], [2], [3]]}).running()
+    rig.assign("a", no_more=True)
+    rig.work()
+    rig.trigger(1)
+    rig.work()
+    rig.run_tasks()
+    assert ("checkpointed", 1) not in rig.log
+    rig.command(Complete(CheckpointId(1)))
+    assert rig.log[-1] == ("checkpointed", 1)
