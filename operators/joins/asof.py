@@ -69,7 +69,7 @@ class AsofJoinOperator(JoinOperator):
             self._decide(rows)
         if now == MAX_WATERMARK:
             for buffer in self.buffers:
-                buffer.runs.clear()
+                buffer.clear()
             return
         self.buffers[LEFT].expire(now)
         if self._tolerance_us is not None:

@@ -108,9 +108,9 @@ class IntervalJoinOperator(JoinOperator):
     def take(self, side: int, rows: SortedRows) -> None:
         if self._emits_pairs:
             low, high = self._reach(side, rows)
-            for run in self.buffers[1 - side].runs:
-                for mine, theirs in pairs(rows, run.sorted, low, high):
-                    self._emit_pairs(side, rows, mine, run.sorted, theirs)
+            for others in self.buffers[1 - side].near(low, high):
+                for mine, theirs in pairs(rows, others, low, high):
+                    self._emit_pairs(side, rows, mine, others, theirs)
         self.buffers[side].append(rows)
 
     def _reach(self, side: int, rows: SortedRows) -> tuple[Int64Array | None, Int64Array | None]:
@@ -148,7 +148,7 @@ class IntervalJoinOperator(JoinOperator):
                 self._decide(side, self._decided(side, before), self._decided(side, now))
         for side, buffer in enumerate(self.buffers):
             if now == MAX_WATERMARK:
-                buffer.runs.clear()
+                buffer.clear()
             elif self.timed:
                 buffer.expire(clipped(now - self._kept_us[side]))
 
@@ -162,8 +162,8 @@ class IntervalJoinOperator(JoinOperator):
         for rows in self.buffers[side].between(begin, end):
             matched = np.zeros(len(rows), bool)
             low, high = self._reach(side, rows)
-            for run in self.buffers[1 - side].runs:
-                mark_matched(matched, rows, run.sorted, low, high)
+            for others in self.buffers[1 - side].near(low, high):
+                mark_matched(matched, rows, others, low, high)
             self._emit_undecided(side, rows.rows, rows.times, matched)
 
 

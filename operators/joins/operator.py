@@ -25,6 +25,7 @@ from rayflow.operators.event_time import EventTimeReader, check_event_time, even
 from rayflow.operators.grouping import Int64Array
 from rayflow.operators.joins.buffer import Buffer
 from rayflow.operators.joins.columns import LEFT, RIGHT, SIDES, JoinColumns, JoinSpec, decode
+from rayflow.operators.joins.files import RowFiles
 from rayflow.operators.joins.kernels import SortedRows, sort_rows
 
 PROGRESS: Final = "progress"
@@ -121,7 +122,7 @@ class JoinOperator(Operator):
             raise PlanError("a join must be told the schemas of both sides; build it through a plan")
         self._input_schemas = (factory.left_schema, factory.right_schema)
         self.columns = factory.columns(factory.left_schema, factory.right_schema)
-        self.buffers = (Buffer(), Buffer())
+        self.buffers: tuple[Buffer, ...] = (Buffer(), Buffer())
         self.watermark = MIN_WATERMARK
         self.timed = factory.left_time is not None and factory.right_time is not None
         self._late = [0, 0]
@@ -133,6 +134,17 @@ class JoinOperator(Operator):
             None if column is None else EventTimeReader(column, on_error="fail", where=f"{ctx}, {side} side")
             for column, side in zip((self.factory.left_time, self.factory.right_time), SIDES, strict=True)
         )
+
+        backend = ctx.backend
+        if backend.kind == "rocksdb" and backend.scratch is not None:
+            self.buffers = tuple(
+                Buffer(RowFiles(backend.scratch, backend.memory_bytes, self.factory.keys_of(side), ctx))
+                for side in range(len(SIDES))
+            )
+
+    def close(self) -> None:
+        for buffer in self.buffers:
+            buffer.clear()
 
     @property
     def late_rows(self) -> int:
@@ -195,6 +207,8 @@ class JoinOperator(Operator):
         if time > self.watermark:
             before, self.watermark = self.watermark, time
             self.advance(before, time)
+            for buffer in self.buffers:
+                buffer.release()
         return self.passed_on()
 
     def passed_on(self) -> int:

@@ -127,7 +127,7 @@ class WindowJoinOperator(JoinOperator):
                         self._emit_only(side, alone, some.starts[chosen], some.ends[chosen])
         for buffer in self.buffers:
             if now == MAX_WATERMARK:
-                buffer.runs.clear()
+                buffer.clear()
             else:
                 buffer.expire(end)
 

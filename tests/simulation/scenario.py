@@ -233,10 +233,9 @@ class Draw:
             self.sink(*kind(stream, rows))
 
     def state(self) -> dict[str, Any]:
-        """The back end. RocksDB is real, and opening one takes as long as many steps: seldom."""
-        chance = {"windows": 0.15, "two": 0.15, "keyed": 0.02}.get(
-            self.shape, 0.1 if self.shape in events.KINDS else 0.0
-        )
+        """The back end. RocksDB is real, and opening one takes as long as many steps: seldom. Joins have files only."""
+        of_events = 0.3 if "join" in self.shape else 0.1 if self.shape in events.KINDS else 0.0
+        chance = {"windows": 0.15, "two": 0.15, "keyed": 0.02}.get(self.shape, of_events)
         if self.rng.random() >= chance:
             return {"state": "fs"}
         return {"state": "rocksdb", "state_memory_bytes": self.rng.choice((64, 2_000))}

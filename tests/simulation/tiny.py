@@ -16,7 +16,7 @@ from rayflow.runtime.scratch import ProcessFolder
 _BOUNDS: tuple[tuple[ModuleType, dict[str, Any]], ...] = (
     (runs, {"PENDING_ROWS": 40, "SMALL_ROWS": 2, "SMALL_RUNS": 6, "PIECE_BYTES": 0}),
     (spill, {"BLOCK_ROWS": 2}),
-    (buffer, {"PIECE_BYTES": 0, "PRUNE_ROWS": 4}),
+    (buffer, {"PIECE_BYTES": 0, "PRUNE_ROWS": 4, "SMALL_RUN_BYTES": 200, "FAN_IN": 3}),
     (journal, {"SEAL_ROWS": 8, "SMALL_ROWS": 6, "SMALL_RUNS": 5, "JOIN_RUNS": 2, "JOIN_ROWS": 4, "_WINDOW_MIN": 1}),
 )
 
