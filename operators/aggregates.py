@@ -19,7 +19,7 @@ from rayflow.expressions import Expr, as_expr
 from rayflow.operators.aggregate_kinds import RULES, Kind, Options
 from rayflow.operators.grouping import Column, flat, plain, plain_type
 from rayflow.operators.partials import Bound, CountRows
-from rayflow.operators.user_aggregate import UserAggregate, UserBound
+from rayflow.operators.user_aggregate import COUNTED, ConditionalBound, UserAggregate, UserBound
 
 Input: TypeAlias = "str | Expr | Any"
 """A column name, an `Expr` or a `pyarrow.compute.Expression`."""
@@ -59,6 +59,11 @@ class Aggregate:
         if not self.inputs:
             return None if wanted is None else pc.if_else(wanted, True, pa.scalar(None, pa.bool_()))
         columns = [_values(column, batch) for column in self.inputs]
+        if self.user is not None and wanted is not None:
+            values = columns[0]
+            if len(columns) > 1:
+                values = pa.StructArray.from_arrays([flat(column) for column in columns], self._names())
+            return pa.StructArray.from_arrays([flat(wanted), flat(values)], ["where", "value"])
         if wanted is not None:
             columns[0] = pc.if_else(wanted, columns[0], pa.scalar(None, columns[0].type))
         if len(columns) == 1:
@@ -75,7 +80,12 @@ class Aggregate:
         kinds = [self._type(label, column, schema) for column in self.inputs]
         if self.user is not None:
             several = pa.struct(list(zip(self._names(), kinds, strict=True)))
-            return UserBound.of_rows(name, self.user, kinds[0] if len(kinds) == 1 else several)
+            user = UserBound.of_rows(name, self.user, kinds[0] if len(kinds) == 1 else several)
+            if self.where is None:
+                return user
+            if user.accumulator.get_field_index(COUNTED) >= 0:
+                raise PlanError(f"aggregate {label} with where= needs the field {COUNTED!r} itself; rename yours")
+            return ConditionalBound(name, user)
         if not self.reads:
             return CountRows(name)
         rule = RULES[self.kind]
@@ -85,7 +95,12 @@ class Aggregate:
         """For partial results with the columns of `Bound.parts`; raises `PlanError` if they are not there."""
         label = f"{name}={self!r}"
         if self.user is not None:
-            return UserBound.of_partials(name, self.user, schema)
+            if self.where is None:
+                return UserBound.of_partials(name, self.user, schema)
+            counted = schema.get_field_index(f"{name}.{COUNTED}")
+            if counted < 0:
+                raise PlanError(f"aggregate {label} expects a partial column {name}.{COUNTED}, got {schema.names}")
+            return ConditionalBound(name, UserBound.of_partials(name, self.user, schema.remove(counted)))
         if not self.reads:
             return CountRows(name)
         rule = RULES[self.kind]
@@ -230,14 +245,15 @@ def collect(column: Input, *, max: int, where: Input = None) -> Aggregate:
     return Aggregate("collect", (column,), where, Options(limit=max))
 
 
-def aggregate(user: UserAggregate, *columns: Input) -> Aggregate:
+def aggregate(user: UserAggregate, *columns: Input, where: Input = None) -> Aggregate:
     """An aggregate of your own over one column or, as structs, over several; nulls are not skipped. See
-    `UserAggregate`."""
+    `UserAggregate`. With ``where=`` it sees only the rows for which the condition is true, and where there is none the
+    result is null."""
     if not isinstance(user, UserAggregate):
         raise PlanError(f"aggregate() needs an instance of rf.UserAggregate, got {user!r}")
     if not columns:
         raise PlanError(f"aggregate({type(user).__name__}) needs a column to work on, got none")
-    return Aggregate("aggregate", columns, user=user)
+    return Aggregate("aggregate", columns, where, user=user)
 
 
 def _ddof(name: str, ddof: int) -> int:

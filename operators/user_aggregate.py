@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -58,6 +58,10 @@ class UserAggregate(ABC):
         """The result of each accumulator; it may be null."""
 
 
+COUNTED: Final = "counted_rows"
+"""Partial column of an aggregate with a condition."""
+
+
 @dataclass(frozen=True, slots=True)
 class UserBound(Bound):
     """A `UserAggregate` of known types, and what it returns is checked."""
@@ -98,29 +102,29 @@ class UserBound(Bound):
 
     def singles(self, values: Column, times_us: Column) -> list[Column]:
         rows = np.arange(len(values), dtype=np.int64)
-        return self._accumulators("init", flat(values), rows, len(values))
+        return self.accumulators_of("init", flat(values), rows, len(values))
 
     def from_rows(self, values: Column, times_us: Column) -> Combining:
         grouped = yield Ask(ids=True)
-        return self._accumulators("init", flat(values), grouped.ids, grouped.groups)
+        return self.accumulators_of("init", flat(values), grouped.ids, grouped.groups)
 
     def combine(self, parts: list[Column]) -> Combining:
-        accumulators = self._struct(parts)
+        accumulators = self.struct_of(parts)
         grouped = yield Ask(ids=True)
-        return self._accumulators("merge", accumulators, grouped.ids, grouped.groups)
+        return self.accumulators_of("merge", accumulators, grouped.ids, grouped.groups)
 
     def finalise(self, parts: list[Column], rows: pa.Array) -> pa.Array:
         if len(rows) == 0:
             return pa.array([], self.kind)
-        found = _call(self.name, self.user, "finish", self._struct(parts))
+        found = _call(self.name, self.user, "finish", self.struct_of(parts))
         if not isinstance(found, pa.Array) or not found.type.equals(self.kind) or len(found) != len(rows):
             raise self._wrong("finish", f"an array of {len(rows)} {self.kind}", _shape(found))
         return found
 
-    def _struct(self, parts: Sequence[Column]) -> pa.StructArray:
+    def struct_of(self, parts: Sequence[Column]) -> pa.StructArray:
         return pa.StructArray.from_arrays([flat(part) for part in parts], fields=list(self.accumulator))
 
-    def _accumulators(self, function: str, column: pa.Array, groups: Any, n: int) -> list[Column]:
+    def accumulators_of(self, function: str, column: pa.Array, groups: Any, n: int) -> list[Column]:
         if n == 0:
             return [pa.array([], field.type) for field in self.accumulator]
         found = _as_struct(_call(self.name, self.user, function, column, groups, n))
@@ -134,6 +138,72 @@ class UserBound(Bound):
         return UserCodeError(
             f"aggregate {self.name!r}: {type(self.user).__name__}.{function} must return {expected}, got {got}"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class ConditionalBound(Bound):
+    """A `UserAggregate` over the rows for which a condition is true, and over none of the others: the functions never
+    see those, nor groups without a row. Values are structs of (condition, value).
+
+    The partial result has one column more, the number of rows that count; where it is 0 the others are null.
+    """
+
+    inner: UserBound
+
+    @property
+    def parts(self) -> tuple[pa.Field, ...]:
+        return (*self.inner.parts, self._field(COUNTED, pa.int64()))
+
+    @property
+    def result_type(self) -> pa.DataType:
+        return self.inner.result_type
+
+    def singles(self, values: Column, times_us: Column) -> list[Column]:
+        return self._of_rows(values, np.arange(len(values), dtype=np.int64), len(values))
+
+    def from_rows(self, values: Column, times_us: Column) -> Combining:
+        grouped = yield Ask(ids=True)
+        assert grouped.ids is not None
+        return self._of_rows(values, grouped.ids, grouped.groups)
+
+    def combine(self, parts: list[Column]) -> Combining:
+        grouped = yield Ask(ids=True)
+        assert grouped.ids is not None
+        counts = flat(parts[-1]).to_numpy()
+        rows = np.flatnonzero(counts)
+        some = pa.array(rows)
+        accumulators = self.inner.struct_of([flat(part).take(some) for part in parts[:-1]])
+        return self._scattered("merge", accumulators, grouped.ids[rows], counts[rows], grouped.groups)
+
+    def finalise(self, parts: list[Column], rows: pa.Array) -> pa.Array:
+        """Null where no row counts."""
+        counted = np.flatnonzero(flat(parts[-1]).to_numpy())
+        some = pa.array(counted)
+        found = self.inner.finalise([flat(part).take(some) for part in parts[:-1]], rows.take(some))
+        return _spread_out([found], counted, len(rows))[0]
+
+    def _of_rows(self, values: Column, ids: Int64Array, groups: int) -> list[Column]:
+        wanted, column = flat(values).flatten()
+        rows = np.flatnonzero(wanted.fill_null(False).to_numpy(zero_copy_only=False))
+        ones = np.ones(len(rows), np.int64)
+        return self._scattered("init", column.take(pa.array(rows)), ids[rows], ones, groups)
+
+    def _scattered(
+        self, function: str, column: pa.Array, ids: Int64Array, counts: Int64Array, groups: int
+    ) -> list[Column]:
+        present, compact = np.unique(ids, return_inverse=True)
+        found = self.inner.accumulators_of(function, column, compact, len(present))
+        totals = np.zeros(groups, np.int64)
+        np.add.at(totals, ids, counts)
+        return [*_spread_out(found, present, groups), pa.array(totals)]
+
+
+def _spread_out(columns: Sequence[Column], places: Int64Array, rows: int) -> list[pa.Array]:
+    """So many rows, in which row i of the columns stands at ``places[i]``, and null elsewhere."""
+    at = np.full(rows, -1, np.int64)
+    at[places] = np.arange(len(places))
+    chosen = pa.array(at, mask=at < 0)
+    return [flat(column).take(chosen) for column in columns]
 
 
 def _bound(name: str, user: UserAggregate, first: Any) -> UserBound:
@@ -188,4 +258,4 @@ def _shape(found: Any) -> str:
     return f"{len(found)} of {found.type}" if isinstance(found, pa.Array) else repr(found)[:200]
 
 
-__all__ = ["UserAggregate", "UserBound"]
+__all__ = ["COUNTED", "ConditionalBound", "UserAggregate", "UserBound"]

@@ -79,7 +79,12 @@ def test_any_cut_gives_the_same(rows: list[tuple[int, int | None]], cuts: list[i
     batch = batch_of([x for _, x in rows], pa.int64(), keys=[k for k, _ in rows]).append_column(
         "s", pa.array(words, pa.string())
     )
-    aggregates = {"mean": rf.aggregate(WeightedMean(), "x", rf.col("k") + 1), "word": rf.aggregate(Longest(), "s")}
+    aggregates = {
+        "mean": rf.aggregate(WeightedMean(), "x", rf.col("k") + 1),
+        "word": rf.aggregate(Longest(), "s"),
+        "low": rf.aggregate(Longest(), "s", where=rf.col("x") < 0),
+        "two": rf.aggregate(WeightedMean(), "x", rf.col("k") + 1, where=rf.col("x") > 0),
+    }
     plan = plan_of(batch, **aggregates)
     assert "mean.weight" in plan.schema.names, "partial results can be read by whoever opens a checkpoint"
     edges = sorted({0, len(rows), *(cut for cut in cuts if cut < len(rows))})
@@ -92,6 +97,38 @@ def test_any_cut_gives_the_same(rows: list[tuple[int, int | None]], cuts: list[i
         mine = [(x, word) for (k, x), word in zip(rows, words, strict=True) if k == row["k"] and word is not None]
         assert row["mean"] == (pytest.approx(np.mean([x for x, _ in mine])) if mine else None)
         assert row["word"] == min((word for _, word in mine), key=lambda w: (-len(w), w), default=None)
+        low = [word for x, word in mine if x is not None and x < 0]
+        assert row["low"] == min(low, key=lambda w: (-len(w), w), default=None)
+        high = [x for x, _ in mine if x is not None and x > 0]
+        assert row["two"] == (pytest.approx(np.mean(high)) if high else None)
+
+
+class Seen(Longest):
+    """Remembers what it was given, which no real one may."""
+
+    def __init__(self) -> None:
+        self.values: list[Any] = []
+
+    def init(self, values: pa.Array, groups: Int64Array, n: int) -> pa.StructArray:
+        self.values += values.to_pylist()
+        assert set(groups.tolist()) == set(range(n)), "every group has a row"
+        return super().init(values, groups, n)
+
+
+def test_rows_that_do_not_count_are_never_seen() -> None:
+    batch = batch_of(["b", "a", None, "c"], keys=[1, 1, 2, 3])
+    for where, seen, wanted in (
+        (rf.col("k") < 3, ["b", "a", None], {1: "a", 2: None, 3: None}),
+        (rf.col("k") > 9, [], {1: None, 2: None, 3: None}),
+        (rf.lit(None).cast("bool"), [], {1: None, 2: None, 3: None}),
+    ):
+        user = Seen()
+        plan = plan_of(batch, out=rf.aggregate(user, "x", where=where))
+        user.values.clear()
+        partials = plan.combine_rows(batch, times_of(batch), 0)
+        assert user.values == seen
+        found = finalised(plan, plan.merge(partials, 0))
+        assert dict(zip(found["k"].to_pylist(), found["out"].to_pylist(), strict=True)) == wanted
 
 
 def broken(**functions: Callable[..., Any]) -> rf.UserAggregate:
@@ -153,6 +190,8 @@ def test_other_mistakes() -> None:
         rf.aggregate(WeightedMean, "x")  # type: ignore[arg-type]
     with pytest.raises(rf.PlanError, match="needs a column"):
         rf.aggregate(WeightedMean())
+    with pytest.raises(rf.PlanError, match="needs a condition as where=, which is bool, got int64"):
+        plan_of(batch_of([1]), out=rf.aggregate(WeightedMean(), "x", "x", where="x"))
     with pytest.raises(rf.PlanError, match=r"aggregate\(WeightedMean, 'x', 'y'\) needs a column 'y'"):
         plan_of(batch_of([1]), out=rf.aggregate(WeightedMean(), "x", "y"))
     running = RunningAggregate(keys=("k",), aggregates={"out": rf.aggregate(Longest(), "x")})
