@@ -122,7 +122,7 @@ def _check(found: Sequence[dict[str, Any]], wanted: Sequence[dict[str, Any]], ke
                 assert _same(got[name], want[name]), (key, at, name, got[name], want[name])
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(ROW, max_size=40), WAYS)
 def test_equals_duckdb_whatever_the_way(data: list[tuple[Any, ...]], way: Way) -> None:
     table = table_of(SCHEMA, data)
@@ -133,7 +133,7 @@ def test_equals_duckdb_whatever_the_way(data: list[tuple[Any, ...]], way: Way) -
     _check(run(_factory(), table, way), wanted)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(ROW, min_size=1, max_size=40), WAYS)
 def test_the_last_row_of_a_key_equals_a_window_over_all(data: list[tuple[Any, ...]], way: Way) -> None:
     """One window that holds everything: first and last by event time, and ties, among the rest."""
@@ -306,7 +306,7 @@ def test_rows_of_another_schema_and_null_times_are_refused() -> None:
 VALUES = st.lists(st.tuples(st.integers(0, 2), st.one_of(st.none(), st.integers(0, 10**6))), min_size=1, max_size=60)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(VALUES, WAYS)
 def test_the_running_estimate_is_that_of_a_window_over_the_rows_so_far(
     data: list[tuple[int, int | None]], way: Way
