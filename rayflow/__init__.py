@@ -1,6 +1,7 @@
 """rayflow: a stateful, parallel dataflow engine for Python, exactly-once on Ray."""
 
 from rayflow.checkpoint import Checkpoint, read_checkpoint
+from rayflow.compaction import Compacted, compact_files
 from rayflow.config import CheckpointConfig, JobConfig, Restart
 from rayflow.difference import StateDifference, diff
 from rayflow.errors import (
@@ -77,6 +78,7 @@ __all__ = [
     "ClusterError",
     "CommitLostError",
     "CommittedFile",
+    "Compacted",
     "ConfigError",
     "ConnectorError",
     "CorruptCheckpointError",
@@ -119,6 +121,7 @@ __all__ = [
     "col",
     "collect",
     "committed_files",
+    "compact_files",
     "count",
     "count_distinct",
     "count_window",

@@ -38,7 +38,7 @@ AGGREGATES = {
     "UserAggregate", "aggregate", "approx_count_distinct", "arg_max", "arg_min", "collect", "count", "count_distinct",
     "first", "last", "max", "mean", "median", "min", "quantile", "stddev", "sum", "variance",
 }  # fmt: skip
-FILES = {"CommittedFile", "committed_files"}
+FILES = {"CommittedFile", "Compacted", "committed_files", "compact_files"}
 RUNNING = {"CheckpointConfig", "Flow", "JobConfig", "JobResult", "JobStatus", "Restart", "SubtaskInfo", "attach"}
 STREAMS = {"KeyedStream", "Stream", "count_window", "every", "global_window", "session", "sliding", "tumbling"}
 STATE = {

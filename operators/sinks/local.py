@@ -7,6 +7,7 @@ writes to a folder: recovery removes every pending file that its checkpoint does
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import shutil
 import uuid
@@ -49,17 +50,24 @@ class LocalCommitter(Committer):
     manifest: bool = False
 
     def commit(self, committables: Sequence[Json]) -> None:
+        self._commit(committables, frozenset())
+
+    def _commit(self, committables: Sequence[Json], merged: frozenset[str]) -> None:
+        """``merged``: files that have been merged into others since."""
         if not committables:
             return
         try:
             for committable in committables:
+                if committable["final"] in merged:
+                    continue
                 try:
                     self._publish(committable)
                 except FileNotFoundError:
                     # Another process (a subtask that was thought dead) may have published it between two of our steps.
                     self._publish(committable)
             for folder in self._folders_of(committables):
-                _sync(folder)
+                if os.path.isdir(folder):  # not one whose files were all merged away and that somebody removed
+                    _sync(folder)
             if self.manifest:
                 self._record(committables)
         except OSError as error:
@@ -70,7 +78,7 @@ class LocalCommitter(Committer):
             os.makedirs(self.folder, exist_ok=True)
             if fresh and self.refuse_existing:
                 self._refuse_other_output()
-            self.commit(committables)
+            self._commit(committables, self._merged())
             shutil.rmtree(self._pending(), ignore_errors=False)
         except FileNotFoundError:
             pass  # no pending folder: nothing was left behind
@@ -93,6 +101,15 @@ class LocalCommitter(Committer):
                 folder = os.path.dirname(folder)
         return [os.path.join(self.folder, folder) if folder else self.folder for folder in sorted(found, reverse=True)]
 
+    def _merged(self) -> frozenset[str]:
+        if not self.manifest:
+            return frozenset()
+        found = []
+        for path in glob.glob(os.path.join(glob.escape(self.folder), committed.FOLDER, f"{committed.MERGE}*.json")):
+            with open(path, "rb") as file:
+                found.append(file.read())
+        return committed.merged_away(found)
+
     def _record(self, committables: Sequence[Json]) -> None:
         folder = os.path.join(self.folder, committed.FOLDER)
         os.makedirs(folder, exist_ok=True)
@@ -112,6 +129,8 @@ class LocalCommitter(Committer):
         if not os.path.exists(pending):
             if os.path.exists(final) and os.path.getsize(final) == nbytes:
                 return  # committed before
+            if committable["final"] in self._merged():
+                return
             raise CommitLostError(
                 f"{committable['final']} ({committable['rows']} rows) was prepared in {self._pending()} for a complete "
                 f"checkpoint, but is gone from there and not in {self.folder!r}; restore the file or go back to an "

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
 
 import pyarrow as pa
 
 from rayflow.errors import ConfigError
-from rayflow.operators.base import Committer, SinkOperator
+from rayflow.operators.base import Committer, Guarantee, SinkOperator
 
 _CELL_MAX = 40
 
@@ -18,6 +19,7 @@ class PrintSink:
     """Prints at most ``limit`` rows in each subtask (None: all), a table for each batch, to standard output."""
 
     limit: int | None = 100
+    guarantee: ClassVar[Guarantee] = "at_least_once"
     _: KW_ONLY
     title: str = ""
 

@@ -58,6 +58,13 @@ class Bucket:
                 f"check the credentials and endpoint in storage_options"
             ) from error
 
+    def read(self, key: str) -> bytes:
+        fs, _ = open_fs(self.url, self.options)
+        try:
+            return bytes(fs.cat_file(f"{self.name}/{key}"))
+        except Exception as error:
+            raise StorageError(f"cannot read s3://{self.name}/{key}: {type(error).__name__}: {error}") from error
+
     def head(self, key: str) -> tuple[int, str] | None:
         """Size and token of the object, None when there is none."""
         try:
@@ -153,10 +160,15 @@ class S3Committer(Committer):
     manifest: bool = False
 
     def commit(self, committables: Sequence[Json]) -> None:
+        self._commit(committables, frozenset())
+
+    def _commit(self, committables: Sequence[Json], merged: frozenset[str]) -> None:
+        """``merged``: files that have been merged into others since."""
+        start = len(self.bucket.key(""))
         for committable in committables:
-            self._complete(committable)
+            if committable["key"][start:] not in merged:
+                self._complete(committable)
         if self.manifest:
-            start = len(self.bucket.key(""))
             found = committed.records((str(c["key"])[start:], c) for c in committables)
             for name, content in found.items():
                 self.bucket.call("put_object", Key=self.bucket.key(f"{committed.FOLDER}/{name}"), Body=content)
@@ -164,7 +176,7 @@ class S3Committer(Committer):
     def recover(self, committables: Sequence[Json], *, fresh: bool) -> None:
         if fresh and self.refuse_existing:
             self._refuse_other_output()
-        self.commit(committables)
+        self._commit(committables, self._merged())
         self.finish()
 
     def finish(self) -> None:
@@ -194,11 +206,19 @@ class S3Committer(Committer):
                 return
             if isinstance(error, StorageError) and self.bucket.is_open(key, committable["upload_id"]):
                 raise
+            if key[len(self.bucket.key("")) :] in self._merged():
+                return
             raise CommitLostError(
                 f"s3://{self.bucket.name}/{key} ({committable['rows']} rows) was prepared for a complete checkpoint, "
                 f"but its multipart upload is gone and the object is not there; look for a lifecycle rule that aborts "
                 f"uploads, then go back to an earlier checkpoint with an empty output prefix"
             ) from error
+
+    def _merged(self) -> frozenset[str]:
+        if not self.manifest:
+            return frozenset()
+        keys = self.bucket.objects(f"{committed.FOLDER}/{committed.MERGE}")
+        return committed.merged_away(self.bucket.read(key) for key in keys)
 
     def _is_there(self, committable: Json) -> bool:
         key = str(committable["key"])

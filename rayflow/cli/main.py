@@ -8,6 +8,7 @@ import click
 
 import rayflow
 from rayflow.cli.checkpoints import checkpoints
+from rayflow.cli.compact import compact
 from rayflow.cli.jobs import jobs, rescale, savepoint, stop
 from rayflow.cli.run import explain, run
 from rayflow.cli.savepoints import rebucket, restore_plan
@@ -39,6 +40,7 @@ def main(traceback: bool) -> None:
 main.add_command(run)
 main.add_command(explain)
 main.add_command(checkpoints)
+main.add_command(compact)
 for command in (jobs, savepoint, stop, rescale, restore_plan, rebucket):
     main.add_command(command)
 main.add_command(state)
