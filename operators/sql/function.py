@@ -8,15 +8,18 @@ between the return of the function and that note a crash makes it be called agai
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Final
 
 import pyarrow as pa
 
 from rayflow.core.manifest import Json
 from rayflow.errors import RayflowError, UserCodeError
 from rayflow.operators.base import Committer, CommitterContext
-from rayflow.operators.sql.staging import staging_of
+from rayflow.operators.sql.staging import DONE, staging_of
 from rayflow.operators.sql.write_ahead import Promise
 
+NOTES_KEPT: Final = 20
+"""A checkpoint that is restored is one of the newest; older ones are not asked for again."""
 BatchFunction = Callable[[int, int, pa.Table], object]
 """``fn(checkpoint, subtask, table)``."""
 
@@ -24,6 +27,7 @@ BatchFunction = Callable[[int, int, pa.Table], object]
 class FunctionCommitter(Committer):
     def __init__(self, fn: BatchFunction) -> None:
         self._fn = fn
+        self._noted: list[str] = []
 
     def open(self, ctx: CommitterContext) -> None:
         super().open(ctx)
@@ -36,7 +40,10 @@ class FunctionCommitter(Committer):
             if not self._files.is_done(promise.files[0].name):
                 self._call(promise)
                 self._files.note_done(promise.files[0].name)
+                self._noted.append(promise.files[0].name)
             self._files.remove(names)
+        self._files.remove({name + DONE for name in self._noted[:-NOTES_KEPT]})
+        self._noted = self._noted[-NOTES_KEPT:]
 
     def recover(self, committables: Sequence[Json], *, fresh: bool) -> None:
         self.commit(committables)
