@@ -56,6 +56,8 @@ class CheckpointConfig:
     """Failed checkpoints in a row before the job fails over."""
     retain: int = 2
     """Complete checkpoints kept."""
+    strict: bool = False
+    """Refuse a flow with a source or sink that cannot give what ``mode`` asks for, instead of warning of it."""
     storage_options: dict[str, Any] = field(default_factory=dict)
     """Passed to fsspec (``key``, ``secret``, ``endpoint_url`` …)."""
 

@@ -69,6 +69,10 @@ class ClusterError(RayflowError):
     """The Ray cluster cannot run the plan (too small, gone, unreachable)."""
 
 
+class GuaranteeWarning(UserWarning):
+    """A flow gives less than ``CheckpointConfig(mode)`` asks for; with ``strict`` it is a `PlanError` instead."""
+
+
 class JobFailedError(RayflowError):
     """The job ended with an error; the cause is chained and told in the message."""
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from rayflow.config import CheckpointConfig
+from rayflow.guarantees import guarantee_lines, sink_guarantee
 from rayflow.operators.base import EventTime
 from rayflow.operators.stateless import AssignEventTime
 from rayflow.plan import Chain, Plan
 
 
-def explain(plan: Plan) -> str:
-    """One paragraph a chain: operators, parallelism, where its rows come from, what state it keeps."""
+def explain(plan: Plan, checkpoints: CheckpointConfig | None = None) -> str:
+    """One paragraph a chain: operators, parallelism, where its rows come from, what state it keeps. In the end what is
+    guaranteed on each path from a source to a sink, with these checkpoints (None: exactly-once ones)."""
     subtasks = sum(c.parallelism for c in plan.chains)
     lines = [f"flow {plan.name!r}: {len(plan.chains)} chains, {subtasks} subtasks, {plan.max_parallelism} key groups"]
     for chain in plan.chains:
@@ -18,6 +21,7 @@ def explain(plan: Plan) -> str:
             tag = "" if edge.tag == "main" else f" ({edge.tag})"
             lines.append(f"  <- {edge.source}{tag} by {edge.exchange}")
         lines += _steps(chain)
+    lines += ["", *guarantee_lines(plan, checkpoints)]
     return "\n".join(lines)
 
 
@@ -38,8 +42,7 @@ def _steps(chain: Chain) -> list[str]:
         if operator.stateful:
             lines.append("    state" + (f", keyed by {', '.join(keys)}" if keys else ", of the operator"))
         if operator.is_sink:
-            guarantee = "exactly once" if getattr(operator.factory, "exactly_once", True) else "at least once"
-            lines.append(f"    sink, {guarantee}")
+            lines.append(f"    sink, {sink_guarantee(operator)}")
     return lines
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rayflow.config import CheckpointConfig, JobConfig
 from rayflow.core.events import JobState
 from rayflow.errors import JobCancelledError, JobFailedError, PlanError
+from rayflow.guarantees import check_guarantees
 from rayflow.operators.event_time import check_event_time
 from rayflow.plan import Plan, build_plan
 from rayflow.pushdown import push_projections
@@ -66,11 +67,18 @@ class Flow:
                 check_event_time(schema, source.event_time.column, step=source.title)
         return push_projections(plan) if look else plan
 
-    def explain(self, *, parallelism: int = 1, config: JobConfig | None = None) -> str:
-        """The plan as text: chains, parallelism, edges, state, keys, event time."""
+    def explain(
+        self,
+        *,
+        parallelism: int = 1,
+        config: JobConfig | None = None,
+        checkpoints: CheckpointConfig | None = None,
+    ) -> str:
+        """The plan as text: chains, parallelism, edges, state, keys, event time, and the guarantee of every path from a
+        source to a sink with these checkpoints (None: with exactly-once ones)."""
         from rayflow.explain import explain
 
-        return explain(self.plan(parallelism=parallelism, config=config))
+        return explain(self.plan(parallelism=parallelism, config=config), checkpoints)
 
     def to_mermaid(self, *, parallelism: int = 1, config: JobConfig | None = None) -> str:
         """The plan as a Mermaid flowchart."""
@@ -106,8 +114,10 @@ class Flow:
         with the cause when the job ends with an error.
         """
         if local:
+            plan = allowing(self.plan(parallelism=parallelism or 1, config=config), allow_dropped)
+            check_guarantees(plan, checkpoints)
             return run_local(
-                allowing(self.plan(parallelism=parallelism or 1, config=config), allow_dropped),
+                plan,
                 config or JobConfig(),
                 checkpoints,
                 start=start,
@@ -145,8 +155,10 @@ class Flow:
         def plan_for(parallelism: int) -> Plan:
             return allowing(self.plan(parallelism=parallelism, config=config), allow_dropped)
 
+        plan = plan_for(parallelism or default_parallelism())
+        check_guarantees(plan, checkpoints)
         return submit(
-            plan_for(parallelism or default_parallelism()),
+            plan,
             config,
             checkpoints,
             submission=new_submission(),
