@@ -42,7 +42,7 @@ def read(kafka: KafkaServer, topics: Any, **options: Any) -> rf.Stream:
 @pytest.fixture(scope="module")
 def filled(kafka: KafkaServer) -> str:
     topic = kafka.topic(4)
-    kafka.produce(topic, records([event(i) for i in range(2_000)], partitions=4), transactional_id=f"t-{topic}")
+    kafka.produce(topic, records([event(i) for i in range(1_000)], partitions=4), transactional_id=f"t-{topic}")
     return topic
 
 
@@ -70,13 +70,13 @@ class ReadsOn(KafkaSource):
 
 def collected(source: KafkaSource, folder: Path) -> list[dict[str, Any]]:
     rows = rf.read_source(source, event_time="at", max_delay="0s")
-    failing = rows.map_batches(FailsOnce, fn_constructor_args=(str(folder / "failed"), 700), schema=SCHEMA)
+    failing = rows.map_batches(FailsOnce, fn_constructor_args=(str(folder / "failed"), 400), schema=SCHEMA)
     counts = failing.key_by("who").window(rf.tumbling("1m")).agg(n=rf.count(), total=rf.sum("id"))
     return run_with_checkpoints(rf.Flow("kafka", counts.select("who", "n", "total").collect()), folder, RESTARTS)
 
 
 def expected() -> list[dict[str, Any]]:
-    data = pa.Table.from_pylist([{"id": i, "who": f"w{i % 7}"} for i in range(2_000)])
+    data = pa.Table.from_pylist([{"id": i, "who": f"w{i % 7}"} for i in range(1_000)])
     query = "SELECT who, count(*) AS n, sum(id)::BIGINT AS total FROM data GROUP BY who, id // 60"
     return rows_of(query, data)
 

@@ -18,7 +18,10 @@ CALL_TIMEOUT_S = 10.0
 _SLICE_S = 1.0
 PATIENCE_S = 60.0
 """How long all brokers may be away before a subtask gives up and leaves the waiting to the restart strategy."""
+MISSING_S = 30.0
+"""How long a topic or partition may be unknown: brokers learn of new ones one after the other."""
 
+MISSING = frozenset({"_UNKNOWN_PARTITION", "_UNKNOWN_TOPIC", "UNKNOWN_TOPIC_ID", "UNKNOWN_TOPIC_OR_PART"})
 _FOR_GOOD = frozenset(
     {
         "_AUTHENTICATION",
@@ -94,10 +97,18 @@ class Trouble:
     lasting: Any = None
     """The first error that no retry can mend."""
     last: Any = None
+    missing: Any = None
+    """What is not there any more, and has not been for `MISSING_S`."""
     ignored: Collection[str] = field(default_factory=tuple)
+    _missing_since: dict[str, float] = field(default_factory=dict)
 
     def __call__(self, error: Any) -> None:
         if error.name() in self.ignored:
+            return
+        if error.name() in MISSING:
+            now = time.monotonic()
+            if now - self._missing_since.setdefault(error.str(), now) >= MISSING_S:
+                self.missing = error
             return
         if lasting(error) and self.lasting is None:
             self.lasting = error

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from rayflow.errors import ConnectorError, DataError, ProtocolError
-from rayflow.operators.kafka.client import PATIENCE_S, Partition, Trouble, confluent, error_of, lasting
+from rayflow.operators.kafka.client import MISSING, PATIENCE_S, Partition, Trouble, confluent, error_of, lasting
 
 FETCH_MESSAGES = 2_000
 """Taken from the client at once at most. Of more at once each costs more: 10,000 take three times the processor time of
@@ -160,7 +160,8 @@ class SharedConsumer:
             self._deal(messages)
         else:
             self._empty_until = now + _EMPTY_PAUSE_S
-        if self._trouble.lasting is not None or self._trouble.since is not None:
+        trouble = self._trouble
+        if trouble.lasting is not None or trouble.missing is not None or trouble.since is not None:
             self._look_at_trouble(alive=bool(messages))
 
     def _room(self) -> bool:
@@ -220,6 +221,8 @@ class SharedConsumer:
         elif name in ("_AUTO_OFFSET_RESET", "OFFSET_OUT_OF_RANGE"):
             if feed is not None:
                 feed.gone = error.str()
+        elif name in MISSING:
+            self._trouble(error)
         elif name not in _PASSING and name not in self._trouble.ignored:
             wanted = "read" if feed is None else f"read {feed.partition}"
             raise error_of(error, where=self._where, wanted=wanted, servers=self._servers)
@@ -230,6 +233,11 @@ class SharedConsumer:
         trouble = self._trouble
         if trouble.lasting is not None:
             raise error_of(trouble.lasting, where=self._where, wanted="read", servers=self._servers)
+        if trouble.missing is not None:
+            raise ConnectorError(
+                f"{self._where} reads what is not there any more at {self._servers}: {trouble.missing.str()}; the job "
+                "starts again with its restart strategy: make the topic again, or stop the job"
+            )
         if alive:
             trouble.since = None
         elif trouble.since is not None and time.monotonic() - trouble.since > PATIENCE_S:

@@ -39,7 +39,6 @@ RESERVED = frozenset(
         "enable.auto.offset.store",
         "enable.partition.eof",
         "error_cb",
-        "go.delivery.reports",
         "group.id",
         "group.instance.id",
         "group.protocol",

@@ -17,7 +17,7 @@ from tests.kafka_server import KafkaServer
 from tests.operators.helpers import context
 
 SCHEMA = pa.schema([("id", pa.int64()), ("name", pa.string())])
-_PATIENCE_S = 30.0
+_PATIENCE_S = 20.0
 
 
 @dataclass(frozen=True)

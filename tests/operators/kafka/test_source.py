@@ -404,6 +404,31 @@ def test_refused_credentials_are_fatal_and_brokers_away_are_waited_for(
     reader.close()
 
 
+@pytest.mark.parametrize("codec", ["gzip", "snappy", "lz4", "zstd"])
+def test_compressed_topics(kafka: KafkaServer, codec: str) -> None:
+    topic = kafka.topic()
+    kafka.produce(topic, records(rows(200)), compression_type=codec)
+    assert read_all(json_source(kafka, topic, stop="latest")) == rows(200)
+
+
+def test_a_topic_that_is_deleted_while_it_is_read_is_told(kafka: KafkaServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    from confluent_kafka.admin import AdminClient
+
+    topic = kafka.topic()
+    kafka.produce(topic, records(rows(2)))
+    # Believed at once: by default it may be, for half a minute, a new topic that is not known everywhere.
+    monkeypatch.setattr("rayflow.operators.kafka.client.MISSING_S", 0.0)
+    soon = {"topic.metadata.refresh.interval.ms": 100, "topic.metadata.propagation.max.ms": 0}
+    source = json_source(kafka, topic, options=soon)
+    reader = source.reader(source.discover()[0][1], None, context())
+    drain(reader, rows=2)
+    admin = AdminClient({"bootstrap.servers": kafka.bootstrap_servers})
+    admin.delete_topics([topic])[topic].result(10)
+    with pytest.raises(ConnectorError, match=rf"not there any more .*{topic} \[0\]: .*make the topic again"):
+        drain(reader)
+    reader.close()
+
+
 def test_a_broker_that_goes_away_and_comes_back(kafka: KafkaServer) -> None:
     topic = kafka.topic()
     kafka.produce(topic, records(rows(2)))
