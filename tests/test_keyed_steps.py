@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import rayflow as rf
 from tests.failing import FailsOnce, rows_of, run_with_checkpoints
@@ -44,6 +47,12 @@ STEPS: dict[str, tuple[Callable[[rf.KeyedStream], rf.Stream], str]] = {
         lambda s: s.agg(total=rf.sum("v"), n=rf.count(), hi=rf.max("v")),
         """select k, t, (sum(v) over w)::bigint total, count(*) over w n, max(v) over w hi from data
            window w as (partition by k order by row)""",
+    ),
+    "agg of sets": (
+        lambda s: s.agg(many=rf.count_distinct("v"), best=rf.arg_max("row", "v"), least=rf.arg_min("v", "v")),
+        """select k, t, count(distinct v) over w many,
+                  (max({'v': v, 'row': row}) filter (v is not null) over w).row best, min(v) over w least
+           from data window w as (partition by k order by row)""",
     ),
     "reduce": (
         lambda s: s.reduce(add),
@@ -86,6 +95,31 @@ def test_steps_go_on_from_a_checkpoint_as_if_nothing_had_happened(
     flow = rf.Flow("steps", build(failing.key_by("k")).collect())
     config = rf.JobConfig(state=state, restart=rf.Restart.fixed(delay="0s"))
     assert run_with_checkpoints(flow, tmp_path, config) == rows_of(query, data)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.data())
+def test_results_do_not_depend_on_how_the_flow_is_run(draw: st.DataObject) -> None:
+    """Parallelism, batches, linger, back end, and where it fails."""
+    build, query = STEPS[draw.draw(st.sampled_from(sorted(STEPS)), "step")]
+    data = _data(draw.draw(st.integers(1, 300), "rows"), keys=draw.draw(st.sampled_from([1, 3, 40]), "keys"))
+    batch_rows = draw.draw(st.sampled_from([1, 7, 64, 1_000]), "rows a batch of the source")
+    stream = rf.from_arrow(data, event_time="t", max_delay="0s", batch_rows=max(batch_rows, data.num_rows // 40))
+    config = rf.JobConfig(
+        batch_rows=draw.draw(st.sampled_from([1, 50, 65_536]), "rows a batch of the exchange"),
+        linger=draw.draw(st.sampled_from(["0s", "5ms"]), "linger"),
+        state=draw.draw(st.sampled_from(BACK_ENDS), "state"),
+        restart=rf.Restart.fixed(delay="0s"),
+    )
+    parallelism = draw.draw(st.sampled_from([1, 2, 4]), "parallelism")
+    after = draw.draw(st.integers(0, data.num_rows - 1), "fails behind row")
+    with tempfile.TemporaryDirectory() as folder:
+        failing = stream.map_batches(FailsOnce, fn_constructor_args=(f"{folder}/failed", after), schema=data.schema)
+        flow = rf.Flow("steps", build(failing.key_by("k")).collect())
+        checkpoints = rf.CheckpointConfig(f"{folder}/checkpoints", interval="1ms", min_pause="0s")
+        result = flow.run(parallelism=parallelism, local=True, progress=False, checkpoints=checkpoints, config=config)
+        assert Path(folder, "failed").exists()
+    assert sorted(result.table().to_pylist(), key=repr) == rows_of(query, data)
 
 
 @pytest.mark.parametrize("step", STEPS)
