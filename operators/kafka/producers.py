@@ -11,6 +11,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import repeat
 from typing import Any
 
@@ -81,22 +82,14 @@ class Producer:
 
     def send(self, topic: str, messages: Messages) -> None:
         """Hand over to the client, which sends in the background. Raises `DataError` for a message it will not take."""
-        count, produce = len(messages), self.client.produce
-        keys, partitions = messages.keys or repeat(None), messages.partitions
-        if partitions is None and messages.timestamps is None and messages.headers is None:
-            rows = list(zip(messages.values, keys, strict=False))
-        else:
-            rows = list(
-                zip(
-                    messages.values,
-                    keys,
-                    partitions or repeat(-1),
-                    repeat(None),
-                    messages.timestamps or repeat(0),
-                    messages.headers or repeat(None),
-                    strict=False,
-                )
-            )
+        count, client = len(messages), self.client
+        keys = messages.keys or repeat(None)
+        produce: Callable[..., None] = client.produce
+        rows: list[Any] = list(zip(messages.values, keys, strict=False))
+        if not (messages.partitions is None and messages.timestamps is None and messages.headers is None):
+            partitions, timestamps = messages.partitions or repeat(-1), messages.timestamps or repeat(0)
+            rows = list(zip(rows, partitions, timestamps, messages.headers or repeat(None), strict=False))
+            produce = partial(_produce, client.produce)
         at, deadline = 0, 0.0
         while at < count:
             try:
@@ -180,6 +173,10 @@ class Producer:
     def _delivered(self, error: Any, _: Any) -> None:
         if error is not None and error.name() not in ("_PURGE_QUEUE", "_PURGE_INFLIGHT"):
             self._failed.append(error)
+
+
+def _produce(produce: Any, topic: str, row: Any, partition: int, timestamp: int, headers: Any) -> None:
+    produce(topic, *row, partition, timestamp=timestamp, headers=headers)
 
 
 def _ignored(_: Any) -> None:

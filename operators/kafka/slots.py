@@ -1,8 +1,8 @@
 """The pool of transactional producers of one subtask of the exactly-once sink.
 
 An interval between two barriers is one transaction of one producer, called a slot by its number. A slot is free again
-when its transaction is committed. Two are made at the start; more only while checkpoints are aborted or commits late,
-up to `SLOTS_MAX`.
+when its transaction is committed. One is made at the start and a second behind the first barrier, in the background
+(it takes some 0.1 s); more only while checkpoints are aborted or commits late, up to `SLOTS_MAX`.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Slot:
 class Slots:
     """Shared by the loop thread and the uploader thread of a subtask."""
 
-    def __init__(self, cluster: Destination, ctx: OperatorContext, *, ready: int = 2) -> None:
+    def __init__(self, cluster: Destination, ctx: OperatorContext, *, ready: int = 1) -> None:
         self._cluster = cluster
         self._ctx = ctx
         self._lock = threading.Lock()
