@@ -397,7 +397,8 @@ class Source(ABC):
     def discover_again(self) -> Sequence[tuple[str, Json]]:
         """As `discover`, every `discovery_interval_s` while the job runs: ids that were not known before are new.
 
-        The coordinator keeps every id that it has seen in its checkpoints, so that no split is read twice."""
+        The coordinator keeps every id that it has seen in its checkpoints, so that no split is read twice. A
+        `DataError` or `PlanError` ends the job; after anything else that is raised it looks again in time."""
         return self.discover()
 
     @property

@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 import rayflow as rf
 from rayflow.core.events import CheckpointRequested
 from rayflow.core.messages import CheckpointKind
+from rayflow.errors import JobFailedError
 from rayflow.flow import run_local
 from rayflow.operators.sources.json_files import JsonSource
 from rayflow.operators.sources.paths import open_fs
@@ -107,3 +109,30 @@ def test_objects_on_s3_are_picked_up_once(tmp_path: Path, s3_server: S3Server) -
     run(made, tmp_path, feed)
     assert feed.rows() == list(range(40))
     assert (tmp_path / "failed").exists()
+
+
+@pytest.mark.parametrize("wrong", ["changed", "another schema"])
+def test_a_wrong_file_ends_the_job_and_the_mended_one_is_read(wrong: str, tmp_path: Path) -> None:
+    folder, out, kind = tmp_path / "in", tmp_path / "out", KINDS[0]
+    out.mkdir()
+    kind.put(folder, "00", *numbers(0))
+    (tmp_path / "failed").touch()
+    made = flow(reading(kind, folder), tmp_path, fails_after=0)
+
+    def put(number: int) -> None:
+        if wrong == "changed":
+            kind.put(folder, "00", *numbers(0), 1)
+        else:
+            (folder / f"{number:02d}.parquet").write_bytes(kind.encode(pa.table({"other": [1]})))
+
+    with pytest.raises(
+        JobFailedError, match=r"source '.*': .*(changed|00.parquet had|another schema than read_parquet)"
+    ):
+        run(made, tmp_path, Feed(put, [1, 2], out, before=FILE_ROWS))
+    kind.put(folder, "00", *numbers(0))
+    feed = Feed(lambda number: kind.put(folder, f"{number:02d}", *numbers(number)), [1, 2], out, before=FILE_ROWS)
+    if wrong == "another schema":
+        kind.put(folder, "01", *numbers(1))
+        feed = Feed(lambda number: kind.put(folder, f"{number:02d}", *numbers(number)), [2], out, before=2 * FILE_ROWS)
+    run(made, tmp_path, feed)
+    assert feed.rows() == list(range(30))

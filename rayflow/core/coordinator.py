@@ -206,9 +206,12 @@ class CoordinatorMachine:
             case Discovered(attempt, source, found):
                 running = self.state is JobState.RUNNING
                 return self._discovery.discovered(attempt, source, found, now, running=running)
-            case LookFailed(attempt, source, reason):
+            case LookFailed(attempt, source, reason, fatal):
                 running = self.state is JobState.RUNNING
-                return self._discovery.failed(attempt, source, reason, now, running=running)
+                heard = self._discovery.failed(attempt, source, reason, now, running=running)
+                if fatal is not None and heard is Heard.ACCEPTED:
+                    self._fail(fatal, now)
+                return heard
             case WholeCommitted(attempt, checkpoint):
                 return self._checkpointing.whole_answered(attempt, checkpoint, committed=True)
             case WholeFailed(attempt, checkpoint, cause):

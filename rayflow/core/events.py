@@ -178,6 +178,8 @@ class LookFailed:
     attempt: Attempt
     source: str
     reason: str
+    fatal: FailureCause | None = None
+    """What is there is wrong, so that looking again will not help: end the job with this."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -244,7 +244,9 @@ class CoordinatorRuntime:
             try:
                 found = tuple(self._plan.sources()[source].source.discover_again())
             except Exception as error:
-                return LookFailed(attempt, source, f"{type(error).__name__}: {error}")
+                cause = cause_of(error, where=f"source {source!r}", fatal=(DataError,))
+                reason = f"{type(error).__name__}: {error}"
+                return LookFailed(attempt, source, reason, cause if cause.fatal else None)
             return Discovered(attempt, source, found)
 
         return look

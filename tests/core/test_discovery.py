@@ -82,6 +82,14 @@ def test_a_look_that_fails_is_told_once_and_tried_again() -> None:
     assert desk.notes.count("look for splits failed") == 2
 
 
+def test_what_looking_again_will_not_mend_ends_the_job() -> None:
+    desk = watching_desk()
+    desk.wait(EVERY_S)
+    wrong = FailureCause("a.csv has changed", fatal=True)
+    desk.tell(LookFailed(desk.machine.attempt, "source", "DataError: a.csv has changed", wrong))
+    assert desk.state() is JobState.FAILED
+
+
 def test_nothing_is_looked_for_while_the_job_restarts_and_an_old_answer_changes_nothing() -> None:
     desk = watching_desk()
     desk.wait(EVERY_S)
