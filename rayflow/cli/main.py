@@ -13,6 +13,7 @@ from rayflow.cli.jobs import jobs, rescale, savepoint, stop
 from rayflow.cli.run import explain, run
 from rayflow.cli.savepoints import rebucket, restore_plan
 from rayflow.cli.state import state
+from rayflow.cli.txn import txn
 from rayflow.cli.upkeep import explain as explain_checkpoint
 from rayflow.cli.upkeep import gc
 from rayflow.errors import RayflowError
@@ -44,5 +45,6 @@ main.add_command(compact)
 for command in (jobs, savepoint, stop, rescale, restore_plan, rebucket):
     main.add_command(command)
 main.add_command(state)
+main.add_command(txn)
 for command in (explain_checkpoint, gc):
     checkpoints.add_command(command)
