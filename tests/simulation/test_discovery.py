@@ -17,6 +17,7 @@ import rayflow as rf
 from rayflow.config import JobConfig
 from rayflow.core.coordinator import CoordinatorSettings
 from rayflow.core.events import CheckpointRequested, JobState
+from rayflow.core.failover import Failover
 from rayflow.core.messages import CheckpointKind
 from rayflow.core.restart import RestartSpec
 from rayflow.core.splits import SplitPool
@@ -32,7 +33,7 @@ from tests.simulation.target import FakeSink, Row, Target
 
 SCHEMA = pa.schema([("file", pa.string()), ("row", pa.int64())])
 STEPS_MAX = 30_000
-SEEDS = range(60)
+SEEDS = range(30)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +82,7 @@ class Reader(SplitReader):
 
 
 def drawn(rng: Random, target: Target) -> Scenario:
-    files = tuple((f"part-{n}", rng.choice((0, 3, 20, 60))) for n in range(rng.randint(2, 12)))
+    files = tuple((f"part-{n}", rng.choice((0, 5, 40))) for n in range(rng.randint(5, 14)))
     folder = Folder(rng, files, side_by_side=rng.random() < 0.3)
 
     sink = Node("sink", inputs=(rf.read_source(folder).rebalance()._input(),), operator=FakeSink(target), name="sink")
@@ -109,7 +110,7 @@ def drawn(rng: Random, target: Target) -> Scenario:
 def run_folder(seed: int, *, steps_max: int = STEPS_MAX) -> str:
     """What was wrong, "" if nothing. The job is stopped when all rows are there, and not before all are shown."""
     rng = Random(seed)
-    budget = replace(FaultBudget.draw(rng), crashes=rng.randint(1, 10), crash_horizon=rng.choice((400, 3_000)))
+    budget = replace(FaultBudget.draw(rng), crashes=rng.randint(3, 8), crash_horizon=rng.choice((300, 2_000)))
     faults, observer = Faults(rng, replace(budget, user_errors=0)), Observer()
     target = Target(faults, observer.names_token)
     scenario = drawn(rng, target)
@@ -157,6 +158,31 @@ def forget_what_was_seen() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def forget_what_was_found() -> Iterator[None]:
+    """R2: a restored job knows which splits were seen, and not which of them are still to be read."""
+
+    def make(original: Any) -> Any:
+        def deploy(self: Failover, now: float) -> None:
+            assert self._recovered is not None
+            if self._recovered.manifest is not None:
+                manifest = self._recovered.manifest
+                begun = tuple(replace(snapshot, splits=()) for snapshot in manifest.subtasks)
+                manifest = replace(manifest, pending_splits=(), subtasks=begun)
+                self._recovered = replace(self._recovered, manifest=manifest)
+            original(self, now)
+
+        return deploy
+
+    with replaced(Failover, "deploy", make):
+        yield
+
+
 def test_an_engine_that_forgets_what_was_read_is_caught() -> None:
     with forget_what_was_seen():
-        assert any("rows too many" in run_folder(seed) for seed in range(10))
+        assert any("rows too many" in run_folder(seed, steps_max=8_000) for seed in range(10))
+
+
+def test_an_engine_that_does_not_restore_what_was_found_is_caught() -> None:
+    with forget_what_was_found():
+        assert any("rows are there" in run_folder(seed, steps_max=8_000) for seed in range(20))

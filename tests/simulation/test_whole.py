@@ -18,7 +18,7 @@ from tests.simulation.storage import Observer
 from tests.simulation.target import Target
 from tests.simulation.tiny import forget_local_files, tiny
 
-SEEDS = range(40)
+SEEDS = range(30)
 
 
 def run_whole(seed: int) -> str:
