@@ -78,3 +78,7 @@ def rows_of(source: KafkaSource, batches: Sequence[tuple[pa.RecordBatch, Json]])
 def read_all(source: KafkaSource) -> list[dict[str, Any]]:
     """All rows of a bounded source, one partition after the other."""
     return [row for _, split in source.discover() for row in rows_of(source, read_split(source, split))]
+
+
+def rows(count: int, first: int = 0) -> list[dict[str, Any]]:
+    return [{"id": i, "name": f"n{i}"} for i in range(first, first + count)]
