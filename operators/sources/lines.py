@@ -7,6 +7,7 @@ Compressed files are one range, with positions in the decompressed text.
 
 from __future__ import annotations
 
+import io
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -28,8 +29,49 @@ _BLANK = re.compile(rb"^[ \t]*\r?\n", re.MULTILINE)
 _TEXT_SHOWN = 200
 
 
+class _Zstd(io.RawIOBase):
+    """What is in a zstd file, by pyarrow: fsspec needs a package for it. Goes forward only."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self._stream = pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd")
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._stream.read(len(buffer))
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        if whence != 0 or offset < self._at:
+            raise io.UnsupportedOperation("a compressed stream goes forward only")
+        while self._at < offset and (data := self._stream.read(min(offset - self._at, BLOCK_BYTES))):
+            self._at += len(data)
+        return self._at
+
+    def close(self) -> None:
+        if not self.closed:
+            self._stream.close()
+            self._file.close()
+        super().close()
+
+
+def _is_zstd(url: str) -> bool:
+    return url.partition("::")[0].endswith(".zst")
+
+
 def compressed(url: str) -> bool:
-    return fsspec.utils.infer_compression(url.partition("::")[0]) is not None
+    return _is_zstd(url) or fsspec.utils.infer_compression(url.partition("::")[0]) is not None
 
 
 def open_binary(url: str, options: Mapping[str, Any]) -> Any:
@@ -38,6 +80,8 @@ def open_binary(url: str, options: Mapping[str, Any]) -> Any:
         if is_local(url) and not compressed(url):
             return open(url, "rb")
         fs, path = open_fs(url, options)
+        if _is_zstd(url):
+            return io.BufferedReader(_Zstd(fs.open(path, "rb")), 1024 * 1024)
         return fs.open(path, "rb", compression="infer") if compressed(url) else fs.open(path, "rb")
     except FileNotFoundError as error:
         raise DataError(f"no such file: {url!r}") from error

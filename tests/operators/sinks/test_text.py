@@ -124,6 +124,8 @@ def test_compressed_files_are_what_their_names_say(tmp_path: Path, make: type[Fi
         assert gzip.decompress(files[0].read_bytes()) == text
     lines = text.decode().splitlines()
     assert lines[-1] in ('3,"text 3"', '{"x":3,"s":"text 3"}')
+    read = CsvSource if make is CsvSink else JsonSource
+    assert sorted(read_all(read(tmp_path))["x"].to_pylist()) == list(range(10))
     reader = "read_csv" if make is CsvSink else "read_json"
     with duckdb.connect() as db:
         assert db.sql(f"select sum(x), count(*) from {reader}('{tmp_path}/part*')").fetchall() == [(45, 10)]

@@ -55,12 +55,15 @@ class TestCsv(SourceContract):
 
 
 class TestCsvCompressed(SourceContract):
-    @pytest.fixture(params=["gz", "zip"])
+    @pytest.fixture(params=["gz", "zip", "zst"])
     def source(self, tmp_path: Path, tiny: None, request: pytest.FixtureRequest) -> Source:
         write_csv(tmp_path / "1.csv", 0, ROWS)
         data = (tmp_path / "1.csv").read_bytes()
         if request.param == "gz":
             (tmp_path / "x.csv.gz").write_bytes(gzip.compress(data))
+        elif request.param == "zst":
+            with pa.CompressedOutputStream(str(tmp_path / "x.csv.zst"), "zstd") as out:
+                out.write(data)
         else:
             with zipfile.ZipFile(tmp_path / "x.csv.zip", "w") as archive:
                 archive.writestr("inside.csv", data)
