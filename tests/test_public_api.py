@@ -52,6 +52,7 @@ ERRORS = {
     "FencedError", "JobCancelledError", "JobFailedError", "PlanError", "RayflowError", "StateSchemaError",
     "StorageError", "UserCodeError",
 }  # fmt: skip
+WARNINGS = {"GuaranteeWarning"}
 
 METHODS = {
     rf.Stream: {
@@ -97,7 +98,17 @@ def public_callables() -> Iterator[tuple[str, Callable[..., Any]]]:
 def test_names_are_those_promised() -> None:
     assert (
         set(rf.__all__)
-        == SOURCES | EXPRESSIONS | AGGREGATES | RUNNING | STREAMS | STATE | SAVEPOINTS | CHECKPOINTS | ERRORS | FILES
+        == SOURCES
+        | EXPRESSIONS
+        | AGGREGATES
+        | RUNNING
+        | STREAMS
+        | STATE
+        | SAVEPOINTS
+        | CHECKPOINTS
+        | ERRORS
+        | WARNINGS
+        | FILES
     )
     assert len(rf.__all__) == len(set(rf.__all__))
     assert all(hasattr(rf, name) for name in rf.__all__)

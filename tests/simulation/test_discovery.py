@@ -33,7 +33,7 @@ from tests.simulation.target import FakeSink, Row, Target
 
 SCHEMA = pa.schema([("file", pa.string()), ("row", pa.int64())])
 STEPS_MAX = 30_000
-SEEDS = range(30)
+SEEDS = range(60)
 
 
 @dataclass(frozen=True, eq=False)
