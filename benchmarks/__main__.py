@@ -21,6 +21,7 @@ MODULES = (
     "sliding_windows",
     "running_sum",
     "big_state",
+    "join_state",
     "restore_ranges",
     "parquet_sink",
     "exchange",
