@@ -25,6 +25,7 @@ MODULES = (
     "restore_ranges",
     "parquet_sink",
     "exchange",
+    "postgres_sink",
     "recovery",
     "kafka_source",
     "credit_bound",

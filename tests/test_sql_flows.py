@@ -278,6 +278,7 @@ def test_broken_variant_that_forgets_what_is_named_loses_rows(
 # --------------------------------------------------------------------------------------------------- weaker guarantees
 
 
+@pytest.mark.filterwarnings("ignore::rayflow.errors.GuaranteeWarning")
 def test_at_least_once_has_all_rows_and_some_twice(job: Job) -> None:
     job.run(job.sink("at_least_once", batch_rows=1), stream=job.failing(200))
     assert set(job.values()) == set(range(N))

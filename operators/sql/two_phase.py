@@ -124,15 +124,9 @@ class TwoPhaseCommitter(Committer):
     def commit(self, committables: Sequence[Json]) -> None:
         if not committables:
             return
-        marks = [Mark.from_json(each) for each in committables]
         connection = self._table.connect(str(self.ctx))
         try:
-            for mark, each in zip(marks, committables, strict=True):
-                self._commit(connection, mark, int(each["rows"]))
-            newest = newest_of(marks)
-            if prune_due(self._newest, newest):
-                self._marks.prune(connection, self.ctx.job, self.ctx.run_id, self.ctx.operator, newest)
-            self._newest = newest
+            self._commit_all(connection, committables)
         finally:
             connection.close()
 
@@ -142,7 +136,7 @@ class TwoPhaseCommitter(Committer):
             self._check_setting(connection)
             self._marks.ensure(connection)
             self._table.ensure(connection, self._schema)
-            self.commit(committables)
+            self._commit_all(connection, committables)
             self._roll_back_leftovers(connection, of_all_runs=fresh)
         finally:
             connection.close()
@@ -153,6 +147,15 @@ class TwoPhaseCommitter(Committer):
             self._roll_back_leftovers(connection, of_all_runs=False)
         finally:
             connection.close()
+
+    def _commit_all(self, connection: Connection, committables: Sequence[Json]) -> None:
+        marks = [Mark.from_json(each) for each in committables]
+        for mark, each in zip(marks, committables, strict=True):
+            self._commit(connection, mark, int(each["rows"]))
+        newest = newest_of(marks)
+        if prune_due(self._newest, newest):
+            self._marks.prune(connection, self.ctx.job, self.ctx.run_id, self.ctx.operator, newest)
+        self._newest = newest
 
     def _commit(self, connection: Connection, mark: Mark, rows: int) -> None:
         try:

@@ -122,13 +122,14 @@ class WriteAheadCommitter(Committer):
         if not due:
             return
         ordered = sorted(due, key=lambda p: (p.mark.checkpoint, p.mark.subtask))
-        first = ordered[0].files[0]
-        session.ensure(self._files.get(first.name, first.nbytes).schema)
+        files = [file for promise in ordered for file in promise.files]
+        rows = self._files.get(files[0].name, files[0].nbytes)
+        session.ensure(rows.schema)
         session.begin()
         try:
-            for promise in ordered:
-                for file in promise.files:
-                    session.write(self._files.get(file.name, file.nbytes))
+            session.write(rows)
+            for file in files[1:]:
+                session.write(self._files.get(file.name, file.nbytes))
             session.record([p.mark for p in ordered])
             session.commit()
         except BaseException:
