@@ -19,6 +19,7 @@ from rayflow.operators.base import Committer, FrozenState
 from rayflow.operators.kafka.committer import KafkaCommitter
 from rayflow.operators.kafka.sink import ExactlyOnceOperator, KafkaSink
 from rayflow.operators.kafka.slots import Destination
+from rayflow.operators.kafka.transactions import Committable, take
 from tests.failing import FailsOnce
 from tests.kafka_server import KafkaServer
 from tests.kafka_server import kafka as kafka
@@ -77,6 +78,23 @@ class FaultyOperator(ExactlyOnceOperator):
         """As a process that is killed: all that it has open stays open."""
 
 
+class CommitsEarly(FaultyOperator):
+    """Broken: commits in the pre-commit."""
+
+    def _faulty(self, prepare: object) -> Sequence[Json]:
+        assert callable(prepare)
+
+        def early() -> Sequence[Json]:
+            found: Sequence[Json] = prepare()
+            for each in found:
+                commit = take(self._sink.bootstrap_servers, Committable.of(each))
+                assert commit is not None
+                commit()
+            return found
+
+        return super()._faulty(early)
+
+
 class FaultyCommitter(KafkaCommitter):
     def __init__(self, destination: Destination, faults: Faults) -> None:
         super().__init__(destination)
@@ -97,9 +115,10 @@ class FaultyCommitter(KafkaCommitter):
 @dataclass(frozen=True, kw_only=True)
 class FaultySink(KafkaSink):
     faults: Faults
+    operator: type[FaultyOperator] = FaultyOperator
 
     def build(self) -> FaultyOperator:
-        return FaultyOperator(self, self.faults)
+        return self.operator(self, self.faults)
 
     def committer(self) -> Committer:
         return FaultyCommitter(self.cluster, self.faults)
@@ -128,9 +147,13 @@ def seen(kafka: KafkaServer, topic: str) -> list[int]:
     return sorted(json.loads(message.value or b"")["x"] for message in kafka.read(topic))
 
 
-def faulty_flow(kafka: KafkaServer, topic: str, folder: Path, at: str) -> tuple[rf.Flow, Faults]:
+def faulty_flow(
+    kafka: KafkaServer, topic: str, folder: Path, at: str, operator: type[FaultyOperator] = FaultyOperator
+) -> tuple[rf.Flow, Faults]:
     faults = Faults(folder, at)
-    sink = FaultySink(topic, bootstrap_servers=kafka.bootstrap_servers, options=QUICK, faults=faults)
+    sink = FaultySink(
+        topic, bootstrap_servers=kafka.bootstrap_servers, options=QUICK, faults=faults, operator=operator
+    )  # fmt: skip
     return rf.Flow(f"flow-{topic}", rows(batch_rows=4).write(sink, name="out")), faults
 
 
@@ -141,6 +164,13 @@ def test_exactly_once_through_a_failure_at(kafka: KafkaServer, topic: str, tmp_p
     assert faults.tripped
     assert seen(kafka, topic) == list(range(N))
     assert Place(kafka, topic, flow.name).open_ids() == []
+
+
+def test_a_sink_that_commits_early_is_caught(kafka: KafkaServer, topic: str, tmp_path: Path) -> None:
+    flow, faults = faulty_flow(kafka, topic, tmp_path, "prepare", CommitsEarly)
+    run(flow, tmp_path)
+    assert faults.tripped
+    assert len(seen(kafka, topic)) > N
 
 
 def test_a_lost_transaction_fails_the_job_for_good(kafka: KafkaServer, topic: str, tmp_path: Path) -> None:
