@@ -163,10 +163,10 @@ class LocalCommitter(Committer):
         os.unlink(pending)
 
     def _refuse_other_output(self) -> None:
-        found = next(self._existing(), None)
-        if found is not None:
+        found = list(self._existing())
+        if found:
             raise DataError(
-                f"output folder {self.folder!r} already holds files of another run (such as {found}); "
+                f"output folder {self.folder!r} already holds {len(found)} files of another run (such as {found[0]}); "
                 f'empty it, write elsewhere, or use mode="append"'
             )
 
