@@ -88,7 +88,8 @@ class SegmentSinkOperator(SinkOperator):
         self._filling: _Filling | None = None
         self._closed = False
         self._failure: RayflowError | None = None
-        self._lock = threading.Lock()  # guards the two below, which the uploader thread shares
+        self._lock = threading.Lock()
+        """Held by whoever seals. Of the two below the loop thread only appends to the first."""
         self._sealed: list[tuple[CheckpointId, _Filling]] = []
         self._ready: list[tuple[CheckpointId, Json]] = []
 
@@ -123,11 +124,11 @@ class SegmentSinkOperator(SinkOperator):
     def snapshot(self, checkpoint: CheckpointId) -> FrozenState | None:
         self._raise_failure()
         filling, self._filling = self._filling, None
-        with self._lock:
-            if filling is not None:
-                self._sealed.append((checkpoint, filling))
-            if not self._sealed and not self._ready:
-                return None
+        # Without the lock: the uploader may hold it for as long as the server lets it wait.
+        if filling is not None:
+            self._sealed.append((checkpoint, filling))
+        if not self._sealed and not self._ready:
+            return None
         return FrozenState(prepare=partial(self._prepare, checkpoint))
 
     def close(self) -> None:

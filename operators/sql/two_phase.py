@@ -42,8 +42,11 @@ class TwoPhaseOperator(SegmentSinkOperator):
 
     def begin(self) -> Connection:
         """A connection with an open transaction; one that has waited may have died meanwhile."""
-        while self._idle:
-            connection = self._idle.pop()
+        while True:  # the loop thread and the uploader both take from here
+            try:
+                connection = self._idle.pop()
+            except IndexError:
+                break
             try:
                 connection.execute("BEGIN")
             except ConnectorError:

@@ -150,6 +150,18 @@ def test_prepare_takes_no_rows_of_a_later_checkpoint(rig: Rig) -> None:
     operator.close()
 
 
+def test_the_barrier_does_not_wait_for_the_uploader(rig: Rig) -> None:
+    operator = started(rig.sink)
+    operator.process(batch(1), 0)
+    with operator._lock:  # type: ignore[attr-defined]
+        frozen = operator.snapshot(CheckpointId(1))
+    assert frozen is not None
+    assert frozen.prepare is not None
+    opened(rig.sink).commit(frozen.prepare())
+    assert rig.visible() == [1]
+    operator.close()
+
+
 def test_prepared_rows_outlive_a_killed_server(rig: Rig) -> None:
     operator = started(rig.sink)
     found = interval(operator, 1, 1, 2)
