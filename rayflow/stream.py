@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pyarrow as pa
 
 from rayflow.config import Duration, duration_us
+from rayflow.delta import WritesDelta
 from rayflow.errors import PlanError
 from rayflow.expressions import Expr, as_expr
 from rayflow.files import WritesFiles
@@ -52,7 +53,7 @@ class Sink:
     node: Node
 
 
-class Stream(WritesFiles, WritesTables, WritesKafka):
+class Stream(WritesFiles, WritesTables, WritesKafka, WritesDelta):
     """Rows on their way. Every method returns a new stream and leaves this one as it was."""
 
     def __init__(

@@ -20,6 +20,7 @@ from click.testing import CliRunner
 
 import rayflow as rf
 from rayflow.cli.main import main
+from rayflow.delta import WritesDelta
 from rayflow.files import WritesFiles
 from rayflow.keyed import DeduplicatedStream
 from rayflow.keyed_process import ConnectedStream, ProcessResult
@@ -60,6 +61,7 @@ METHODS = {
         "map_batches_async", "print", "rebalance", "rename", "select", "show", "sort_by_event_time", "take", "to_arrow",
         "union", "with_columns", "with_event_time", "write",
     },
+    WritesDelta: {"write_delta"},
     WritesFiles: {"write_csv", "write_json", "write_parquet"},
     WritesTables: {"for_each_batch", "write_duckdb", "write_postgres", "write_sqlite"},
     rf.KeyedStream: {

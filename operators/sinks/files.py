@@ -292,6 +292,7 @@ class FileSinkOperator(SinkOperator):
                 try:
                     sealed.file.finish()
                     payload = self._target.prepare(sealed.file.path, sealed.final, sealed.file.rows)
+                    payload = self.committable(sealed.checkpoint, payload)
                 except OSError as error:
                     raise _storage_error(self.ctx, error) from error
                 except pa.ArrowException as error:
@@ -302,6 +303,10 @@ class FileSinkOperator(SinkOperator):
             due = [payload for n, payload in self._ready if n <= checkpoint]
             self._ready = [(n, payload) for n, payload in self._ready if n > checkpoint]
             return due
+
+    def committable(self, checkpoint: CheckpointId, payload: Json) -> Json:
+        """What a file sealed for ``checkpoint`` leaves in its manifest."""
+        return payload
 
     def _taken(self) -> list[_OpenFile]:
         files = [*self._full, *self._open.values()]
