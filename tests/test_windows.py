@@ -174,7 +174,7 @@ def test_early_results_by_the_clock(events: pa.Table) -> None:
 @pytest.mark.parametrize("parallelism", [1, 2])
 def test_late_rows_that_are_allowed_change_sessions(events: pa.Table, parallelism: int) -> None:
     mixed = events.take(sorted(range(ROWS), key=lambda i: i + i * 7919 % 25))
-    late = rf.from_arrow(mixed, batch_rows=20, event_time="t", max_delay="0s").key_by("k")
+    late = rf.from_arrow(mixed, batch_rows=50, event_time="t", max_delay="0s").key_by("k")
     right = ran(keyed(events).window(rf.session(gap="1s")).agg(n=rf.count(), total=rf.sum("v")), parallelism=1)
     final = late.window(rf.session(gap="1s"), allowed_lateness="30s").agg(n=rf.count(), total=rf.sum("v"))
     assert ran(final, parallelism=parallelism) == right
