@@ -29,7 +29,7 @@ import rayflow as rf
 from benchmarks.figures import emit
 from rayflow.operators.json_lines import json_texts
 from rayflow.operators.sinks.files import FLUSH_ROWS
-from rayflow.stream import Sink, Stream
+from rayflow.stream import Stream, StreamEnd
 
 BATCH_ROWS = 65_536
 DISTINCT = 32
@@ -58,7 +58,7 @@ def make_batches() -> list[pa.RecordBatch]:
     return made
 
 
-def run_flow(batches: list[pa.RecordBatch], count: int, folder: Path, end: Callable[[Stream], Sink]) -> float:
+def run_flow(batches: list[pa.RecordBatch], count: int, folder: Path, end: Callable[[Stream], StreamEnd]) -> float:
     def generate(split: Any, position: int) -> Iterator[pa.RecordBatch]:
         return (batches[i % DISTINCT] for i in range(position // BATCH_ROWS, count))
 
@@ -139,7 +139,7 @@ def compare(name: str, count: int, repeats: int, end: Any, write: Any, bar: floa
     emit(f"{name}: against alone", round(ratio, 3), "ratio", bar, bar is None or ratio >= bar)
 
 
-def partitioned(stream: Stream, out: str) -> Sink:
+def partitioned(stream: Stream, out: str) -> StreamEnd:
     return stream.write_parquet(out, partition_by="kind")
 
 

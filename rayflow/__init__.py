@@ -44,9 +44,21 @@ from rayflow.operators.aggregates import (
     sum,
     variance,
 )
-from rayflow.operators.base import FrozenState, FrozenTable, SinkOperator, Source
+from rayflow.operators.base import (
+    Committer,
+    CommitterContext,
+    FrozenState,
+    FrozenTable,
+    OperatorContext,
+    Polled,
+    RestoredState,
+    SinkOperator,
+    Source,
+    SplitReader,
+)
 from rayflow.operators.process import BroadcastProcess, KeyedProcess
 from rayflow.operators.sinks.committed import CommittedFile, committed_files
+from rayflow.operators.sinks.sink import Sink
 from rayflow.operators.state.declared import (
     AggregatingState,
     BroadcastState,
@@ -79,6 +91,8 @@ __all__ = [
     "ClusterError",
     "CommitLostError",
     "CommittedFile",
+    "Committer",
+    "CommitterContext",
     "Compacted",
     "ConfigError",
     "ConnectorError",
@@ -99,13 +113,18 @@ __all__ = [
     "KeyedStream",
     "ListState",
     "MapState",
+    "OperatorContext",
     "PlanError",
+    "Polled",
     "RayflowError",
     "ReducingState",
     "Restart",
     "RestorePlan",
+    "RestoredState",
+    "Sink",
     "SinkOperator",
     "Source",
+    "SplitReader",
     "StateDifference",
     "StateSchemaError",
     "StorageError",

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 from rayflow.operators.delta.sink import DeltaSink, Mode
 
 if TYPE_CHECKING:
-    from rayflow.stream import Sink
+    from rayflow.stream import StreamEnd
 
 
 class WritesDelta:
     """The part of a `Stream` that writes Delta tables."""
 
-    def _sink(self, label: str, operator: Any, *, detail: str = "", name: str | None = None) -> Sink:
+    def _sink(self, label: str, operator: Any, *, detail: str = "", name: str | None = None) -> StreamEnd:
         raise NotImplementedError
 
     def write_delta(
@@ -26,7 +26,7 @@ class WritesDelta:
         compression: str = "snappy",
         storage_options: Mapping[str, Any] | None = None,
         name: str | None = None,
-    ) -> Sink:
+    ) -> StreamEnd:
         """Exactly-once rows appended to the Delta table at ``path`` (local folder or ``s3://``), a commit a checkpoint.
 
         The table is made from the columns of the rows where there is none; ``mode="error"`` refuses one that is there.

@@ -10,7 +10,7 @@ from rayflow.operators.sinks.parquet import ParquetSink
 from rayflow.operators.sinks.text import CsvSink, JsonSink
 
 if TYPE_CHECKING:
-    from rayflow.stream import Sink
+    from rayflow.stream import StreamEnd
 
 Mode = Literal["error", "append"]
 FILE_BYTES = 512 * 1024 * 1024
@@ -19,7 +19,7 @@ FILE_BYTES = 512 * 1024 * 1024
 class WritesFiles:
     """The part of a `Stream` that writes files."""
 
-    def _sink(self, label: str, operator: Any, *, detail: str = "", name: str | None = None) -> Sink:
+    def _sink(self, label: str, operator: Any, *, detail: str = "", name: str | None = None) -> StreamEnd:
         raise NotImplementedError
 
     def write_parquet(
@@ -34,7 +34,7 @@ class WritesFiles:
         manifest: bool = False,
         storage_options: Mapping[str, Any] | None = None,
         name: str | None = None,
-    ) -> Sink:
+    ) -> StreamEnd:
         """Exactly-once Parquet files below ``path`` (local folder or ``s3://``), visible when a checkpoint completes.
 
         A new run refuses a folder that already holds files, unless ``mode="append"``. ``partition_by``: a folder for
@@ -71,7 +71,7 @@ class WritesFiles:
         manifest: bool = False,
         storage_options: Mapping[str, Any] | None = None,
         name: str | None = None,
-    ) -> Sink:
+    ) -> StreamEnd:
         """Exactly-once CSV files, each with a header; ``compression``: ``none``, ``gzip`` or ``zstd``.
 
         Texts are quoted, a null is nothing between two delimiters, times are ISO 8601. The rest as `write_parquet`.
@@ -105,7 +105,7 @@ class WritesFiles:
         manifest: bool = False,
         storage_options: Mapping[str, Any] | None = None,
         name: str | None = None,
-    ) -> Sink:
+    ) -> StreamEnd:
         """Exactly-once files with one JSON object a line; ``compression``: ``none``, ``gzip`` or ``zstd``.
 
         Times are ISO 8601 texts; NaN and infinities, which JSON does not have, are null. The rest as `write_parquet`.
@@ -125,7 +125,7 @@ class WritesFiles:
             name,
         )
 
-    def _files(self, sink: FileSink, path: str, name: str | None) -> Sink:
+    def _files(self, sink: FileSink, path: str, name: str | None) -> StreamEnd:
         made = self._sink(sink.function, sink, detail=path, name=name)
         made.node.schema(look=False)
         return made

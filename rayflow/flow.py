@@ -22,7 +22,7 @@ from rayflow.runtime.local import LocalDriver
 from rayflow.runtime.results import JobResult, collected, metrics_of
 from rayflow.runtime.stores import Start, open_stores, staging_of
 from rayflow.storage.snapshots import MEMORY_STATE_BYTES_MAX
-from rayflow.stream import Sink
+from rayflow.stream import StreamEnd
 
 if TYPE_CHECKING:
     from rayflow.cluster.job import Job
@@ -34,7 +34,7 @@ LOCAL_RESTARTS_MAX = 10
 class Flow:
     """A named job: sinks and everything above them. Building it touches neither Ray nor data."""
 
-    def __init__(self, name: str, *sinks: Sink) -> None:
+    def __init__(self, name: str, *sinks: StreamEnd) -> None:
         if not isinstance(name, str) or not name.strip():
             raise PlanError(f"a flow needs a name, got {name!r}; the checkpoint folder is called by it")
         if not sinks:
@@ -42,7 +42,7 @@ class Flow:
                 f"flow {name!r} has no sink; end a stream with .write_parquet(path), .collect() or .print()"
             )
         for sink in sinks:
-            if not isinstance(sink, Sink):
+            if not isinstance(sink, StreamEnd):
                 raise PlanError(
                     f"flow {name!r} takes sinks, got {type(sink).__name__}; end the stream with .write_parquet(path), "
                     ".collect() or .print()"

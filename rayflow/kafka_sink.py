@@ -11,13 +11,13 @@ from rayflow.operators.kafka.encoding import Encoding, ValueFormat, columns_of, 
 from rayflow.operators.kafka.sink import KafkaGuarantee, KafkaSink
 
 if TYPE_CHECKING:
-    from rayflow.stream import Sink
+    from rayflow.stream import StreamEnd
 
 
 class WritesKafka:
     """The part of a `Stream` that writes to Kafka."""
 
-    def _sink(self, label: str, operator: Any, *, detail: str = "", name: str | None = None) -> Sink:
+    def _sink(self, label: str, operator: Any, *, detail: str = "", name: str | None = None) -> StreamEnd:
         raise NotImplementedError
 
     def write_kafka(
@@ -36,7 +36,7 @@ class WritesKafka:
         transaction_timeout: Duration = "15m",
         options: Mapping[str, Any] | None = None,
         name: str | None = None,
-    ) -> Sink:
+    ) -> StreamEnd:
         """Every row a message of a Kafka topic, which must exist; docs/kafka-sink.md tells what is guaranteed how.
 
         ``exactly_once``: one transaction a checkpoint and subtask; readers with ``isolation.level=read_committed`` see

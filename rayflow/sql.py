@@ -18,7 +18,7 @@ from rayflow.operators.sql.sqlite import SqliteTarget
 from rayflow.operators.sql.target import TransactionalTarget
 
 if TYPE_CHECKING:
-    from rayflow.stream import Sink
+    from rayflow.stream import StreamEnd
 
 Create = Literal["if_missing"] | None
 AnyTarget = TypeVar("AnyTarget", bound=TransactionalTarget)
@@ -27,7 +27,7 @@ AnyTarget = TypeVar("AnyTarget", bound=TransactionalTarget)
 class WritesTables:
     """The part of a `Stream` that writes to databases."""
 
-    def _sink(self, label: str, operator: Any, *, detail: str = "", name: str | None = None) -> Sink:
+    def _sink(self, label: str, operator: Any, *, detail: str = "", name: str | None = None) -> StreamEnd:
         raise NotImplementedError
 
     def write_postgres(
@@ -41,7 +41,7 @@ class WritesTables:
         create: Create = "if_missing",
         batch_rows: int = FLUSH_ROWS,
         name: str | None = None,
-    ) -> Sink:
+    ) -> StreamEnd:
         """Rows into a PostgreSQL table, appended or, with ``key``, inserted or replaced.
 
         ``guarantee``: ``"upsert"`` (default with a key) writes at once and repeats itself after a failure; ``"wal"``
@@ -63,7 +63,7 @@ class WritesTables:
         key: str | Sequence[str] | None = None,
         create: Create = "if_missing",
         name: str | None = None,
-    ) -> Sink:
+    ) -> StreamEnd:
         """Exactly-once rows into a table of a SQLite file, a checkpoint at a time; needs a checkpoint directory."""
         target = _embedded("write_sqlite", SqliteTarget, table, path, _keys(key), create)
         return self._table_sink("write_sqlite", WriteAheadSink(target, key=_keys(key)), target.title, name)
@@ -76,19 +76,19 @@ class WritesTables:
         key: str | Sequence[str] | None = None,
         create: Create = "if_missing",
         name: str | None = None,
-    ) -> Sink:
+    ) -> StreamEnd:
         """Exactly-once rows into a table of a DuckDB file, a checkpoint at a time; needs a checkpoint directory."""
         target = _embedded("write_duckdb", DuckDBTarget, table, path, _keys(key), create)
         return self._table_sink("write_duckdb", WriteAheadSink(target, key=_keys(key)), target.title, name)
 
-    def for_each_batch(self, fn: BatchFunction, *, name: str | None = None) -> Sink:
+    def for_each_batch(self, fn: BatchFunction, *, name: str | None = None) -> StreamEnd:
         """``fn(checkpoint, subtask, table)`` with all rows of a subtask once their checkpoint is complete; at least
         once: after a crash it may be called again with the same checkpoint, subtask and rows."""
         if not callable(fn):
             raise PlanError(f"for_each_batch needs a function fn(checkpoint, subtask, table), got {fn!r}")
         return self._sink("for_each_batch", FunctionSink(fn), detail=getattr(fn, "__name__", ""), name=name)
 
-    def _table_sink(self, label: str, operator: Any, detail: str, name: str | None) -> Sink:
+    def _table_sink(self, label: str, operator: Any, detail: str, name: str | None) -> StreamEnd:
         made = self._sink(label, operator, detail=detail, name=name)
         made.node.schema(look=False)
         return made

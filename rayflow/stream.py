@@ -47,7 +47,7 @@ ExprLike = Any
 
 
 @dataclass(frozen=True, slots=True)
-class Sink:
+class StreamEnd:
     """The end of a stream; give it to `Flow`."""
 
     node: Node
@@ -91,9 +91,9 @@ class Stream(WritesFiles, WritesTables, WritesKafka, WritesDelta):
         node.schema(look=False)
         return Stream(node, event_time=event_time if event_time is not None else self._event_time)
 
-    def _sink(self, label: str, operator: Any, *, detail: str = "", name: str | None = None) -> Sink:
+    def _sink(self, label: str, operator: Any, *, detail: str = "", name: str | None = None) -> StreamEnd:
         node = Node(label, (self._input(),), operator, detail=detail, name=name, location=caller_location())
-        return Sink(node)
+        return StreamEnd(node)
 
     @property
     def schema(self) -> pa.Schema | None:
@@ -359,12 +359,12 @@ class Stream(WritesFiles, WritesTables, WritesKafka, WritesDelta):
 
     # ---------------------------------------------------------------------------------------------------------- sinks
 
-    def collect(self, *, name: str | None = None) -> Sink:
+    def collect(self, *, name: str | None = None) -> StreamEnd:
         """Rows come back in `JobResult.table`; exactly-once, because they are part of the job's state."""
         return self._sink("collect", CollectSink(), name=name)
 
-    def write(self, sink: SinkFactory, *, name: str | None = None) -> Sink:
-        """A sink of your own: ``sink.build()`` gives an operator (derive it from `rf.SinkOperator`) in every subtask.
+    def write(self, sink: SinkFactory, *, name: str | None = None) -> StreamEnd:
+        """A sink of your own: derive it from `rf.Sink` (docs/custom-sinks.md); its operator, from `rf.SinkOperator`.
 
         What `snapshot` returns as `rf.FrozenTable` comes back in `restore`: with ``spread="list"`` its rows are dealt
         out over the subtasks when the parallelism has changed, with ``"union"`` every subtask gets the rows of all.
@@ -378,7 +378,7 @@ class Stream(WritesFiles, WritesTables, WritesKafka, WritesDelta):
             )
         return self._sink("write", sink, detail=type(sink).__name__, name=name)
 
-    def print(self, *, limit: int | None = None, name: str | None = None) -> Sink:
+    def print(self, *, limit: int | None = None, name: str | None = None) -> StreamEnd:
         """Print rows as they come (at least once)."""
         return self._sink("print", PrintSink(limit), name=name)
 

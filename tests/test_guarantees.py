@@ -17,7 +17,7 @@ from rayflow.guarantees import Given, guarantees
 from rayflow.operators.base import Guarantee
 from rayflow.operators.sinks.printing import PrintSink
 from rayflow.operators.sources.memory import ArrowSource
-from rayflow.stream import Sink, Stream
+from rayflow.stream import Stream, StreamEnd
 
 TABLE = pa.table({"v": [1, 2]})
 
@@ -38,8 +38,8 @@ class Radio(ArrowSource):
     replayable = False
 
 
-def sink(stream: Stream, guarantee: Guarantee, name: str = "out") -> Sink:
-    return Sink(Node("write", inputs=(stream._input(),), operator=Out(guarantee), name=name))
+def sink(stream: Stream, guarantee: Guarantee, name: str = "out") -> StreamEnd:
+    return StreamEnd(Node("write", inputs=(stream._input(),), operator=Out(guarantee), name=name))
 
 
 def given(flow: rf.Flow, mode: str = "exactly_once") -> list[tuple[str, str, Given]]:
@@ -87,7 +87,7 @@ def test_a_flow_that_gives_less_than_is_asked_for_warns_by_name(tmp_path: Path) 
 def test_strict_refuses_it_and_what_is_printed_too(tmp_path: Path) -> None:
     strict = rf.CheckpointConfig(str(tmp_path), strict=True)
     table = rf.from_arrow(TABLE)
-    refused: Sequence[Sink] = (sink(table, "at_least_once"), table.print())
+    refused: Sequence[StreamEnd] = (sink(table, "at_least_once"), table.print())
     for weak in refused:
         with pytest.raises(PlanError, match=r"writes rows again after a failure; .*CheckpointConfig\(strict=False\)"):
             rf.Flow("f", weak).run(local=True, checkpoints=strict)

@@ -34,6 +34,10 @@ SOURCES = {
     "from_arrow", "from_generator", "read_csv", "read_json", "read_kafka", "read_parquet", "read_source", "Source",
     "topic_pattern",
 }  # fmt: skip
+CONNECTORS = {
+    "Committer", "CommitterContext", "OperatorContext", "Polled", "RestoredState", "Sink", "SinkOperator",
+    "SplitReader",
+}  # fmt: skip
 EXPRESSIONS = {"coalesce", "col", "lit", "when", "Expr"}
 AGGREGATES = {
     "UserAggregate", "aggregate", "approx_count_distinct", "arg_max", "arg_min", "collect", "count", "count_distinct",
@@ -44,7 +48,7 @@ RUNNING = {"CheckpointConfig", "Flow", "JobConfig", "JobResult", "JobStatus", "R
 STREAMS = {"KeyedStream", "Stream", "count_window", "every", "global_window", "session", "sliding", "tumbling"}
 STATE = {
     "AggregatingState", "BroadcastProcess", "BroadcastState", "FrozenState", "FrozenTable", "KeyedProcess", "ListState",
-    "MapState", "ReducingState", "SinkOperator", "ValueState",
+    "MapState", "ReducingState", "ValueState",
 }  # fmt: skip
 SAVEPOINTS = {"RestorePlan", "rebucket", "restore_plan"}
 CHECKPOINTS = {"Checkpoint", "StateDifference", "diff", "read_checkpoint"}
@@ -101,6 +105,7 @@ def test_names_are_those_promised() -> None:
     assert (
         set(rf.__all__)
         == SOURCES
+        | CONNECTORS
         | EXPRESSIONS
         | AGGREGATES
         | RUNNING

@@ -15,7 +15,7 @@ from rayflow.core.ids import CheckpointId
 from rayflow.errors import CommitLostError, ConnectorError
 from rayflow.graph import Node
 from rayflow.operators.base import Committer, CommitterContext, FrozenState, OperatorContext, SinkOperator
-from rayflow.stream import Sink
+from rayflow.stream import StreamEnd
 
 Said = list[tuple[str, Any]]
 
@@ -64,7 +64,7 @@ def run(where: Path | None, *, make: type[Keeping] = Keeping, **options: Any) ->
     factory = KeepingFactory(make=make)
     node = Node("write", operator=factory, inputs=(rf.from_arrow(pa.table({"v": [1]}))._input(),), name="out")
     checkpoints = None if where is None else rf.CheckpointConfig(str(where), storage_options={"auto_mkdir": True})
-    rf.Flow("f", Sink(node)).run(local=True, checkpoints=checkpoints, **options)
+    rf.Flow("f", StreamEnd(node)).run(local=True, checkpoints=checkpoints, **options)
     return factory.said
 
 
