@@ -22,6 +22,12 @@ def test_the_same_seed_gives_the_same_trace(seed: int) -> None:
     assert first.digest
 
 
+def test_calls_on_other_threads_do_not_change_the_trace() -> None:
+    first, second = (run_seed(2, space="async_map", digest=True) for _ in range(2))
+    assert first == second
+    assert first.steps > 100
+
+
 def test_the_trace_does_not_depend_on_the_hash_seed_of_the_process() -> None:
     program = f"from tests.simulation.run import run_seed\nfor s in {SEEDS}: print(run_seed(s, digest=True).digest)"
 
