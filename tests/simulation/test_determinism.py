@@ -23,7 +23,7 @@ def test_the_same_seed_gives_the_same_trace(seed: int) -> None:
 
 
 def test_calls_on_other_threads_do_not_change_the_trace() -> None:
-    first, second = (run_seed(2, space="async_map", digest=True) for _ in range(2))
+    first, second = (run_seed(9, space="async_map", digest=True) for _ in range(2))
     assert first == second
     assert first.steps > 100
 
