@@ -1,8 +1,8 @@
 """A real Kafka-protocol broker (noida-db) for tests: on 127.0.0.1, on a free port, one a session.
 
-Import the fixture where it is needed (``from tests.kafka_server import kafka``): it starts on first use. Topics are
-made with ``retention.ms=-1``, so that records with old timestamps stay. What the broker is known not to do as Apache
-Kafka does: ``transaction.timeout.ms`` is not enforced, and a restart with an open transaction breaks that partition.
+The fixture is registered in ``tests/conftest.py`` and starts on first use. Topics are made with ``retention.ms=-1``,
+so that records with old timestamps stay. What the broker is known not to do as Apache Kafka does:
+``transaction.timeout.ms`` is not enforced, and a restart with an open transaction breaks that partition.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A real PostgreSQL server for tests: one a session and xdist worker, in a folder of its own, on a Unix socket only.
 
-Import the fixture where it is needed (``from tests.postgres_server import postgres``): it starts on first use.
+The fixture is registered in ``tests/conftest.py`` and starts on first use.
 """
 
 from __future__ import annotations
@@ -101,28 +101,15 @@ def _wait(processes: list[psutil.Process]) -> None:
                 time.sleep(0.002)
 
 
-class _Shared:
-    """Every module that imports the fixture has one of its own; the server behind them is the same."""
-
-    server: PostgresServer | None = None
-    folder: Path
-    users = 0
-
-
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[PostgresServer]:
-    if _Shared.server is None:
-        # Not below pytest's folders: the server runs as another user where the tests run as root, and the path of its
-        # socket must be short.
-        _Shared.folder = Path(tempfile.mkdtemp(prefix="rf-pg-"))
-        os.chmod(_Shared.folder, 0o755)
-        _Shared.server = PostgresServer(_Shared.folder)
-    _Shared.users += 1
+    # Not below pytest's folders: the server runs as another user where the tests run as root, and the path of its
+    # socket must be short.
+    folder = Path(tempfile.mkdtemp(prefix="rf-pg-"))
+    os.chmod(folder, 0o755)
+    server = PostgresServer(folder)
     try:
-        yield _Shared.server
+        yield server
     finally:
-        _Shared.users -= 1
-        if not _Shared.users:
-            _Shared.server.close()
-            _Shared.server = None
-            shutil.rmtree(_Shared.folder, ignore_errors=True)
+        server.close()
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,6 +1,6 @@
 """Real and simulated S3 servers for tests: on 127.0.0.1, on free ports, one of each a session.
 
-Import the fixtures where they are needed (``from tests.servers import s3_server``): they start on first use.
+The fixtures are registered in ``tests/conftest.py`` and start on first use.
 """
 
 from __future__ import annotations

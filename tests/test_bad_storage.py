@@ -28,9 +28,9 @@ from rayflow.storage.checkpoints import CheckpointStore
 from rayflow.storage.faults import flipped
 from rayflow.stream import Stream
 from tests.faulty_jobs import BATCH, ROWS, N, Place, one_sentence, place, rows
-from tests.servers import S3Server, moto_server
+from tests.servers import S3Server
 
-__all__ = ["moto_server", "place"]
+__all__ = ["place"]
 
 Switch = list[bool]
 

@@ -19,9 +19,7 @@ from rayflow.operators.sources.paths import open_fs
 from rayflow.storage.filesystem import ObjectStore
 from rayflow.storage.store import PutOutcome
 from tests.operators.sinks.contract import batch, committer, prepared, started
-from tests.servers import S3Server, s3_server
-
-__all__ = ["s3_server"]  # a fixture, used by name
+from tests.servers import S3Server
 
 CHECKPOINTS = 6
 

@@ -25,9 +25,7 @@ from rayflow.operators.sinks.files import Rolling
 from tests.failing import FailsOnce
 from tests.faulty_sinks import Fault, FaultySink
 from tests.operators.helpers import context
-from tests.servers import S3Server, s3_server
-
-__all__ = ["s3_server"]
+from tests.servers import S3Server
 
 N = 400
 DATA = pa.table({"k": [i % 7 for i in range(N)], "v": pa.array(range(N), pa.int64())})

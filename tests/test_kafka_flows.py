@@ -14,9 +14,7 @@ from rayflow.errors import ConfigError, JobFailedError, PlanError
 from rayflow.operators.kafka.formats import JsonFormat
 from rayflow.operators.kafka.source import KafkaSource
 from tests.failing import FailsOnce, rows_of, run_with_checkpoints
-from tests.kafka_server import KafkaServer, Message, kafka, records
-
-__all__ = ["kafka"]
+from tests.kafka_server import KafkaServer, Message, records
 
 SCHEMA = pa.schema([("id", pa.int64()), ("at", pa.timestamp("s")), ("who", pa.string())])
 RESTARTS = rf.JobConfig(restart=rf.Restart.fixed(delay="0s"))

@@ -22,7 +22,6 @@ from rayflow.operators.kafka.slots import Destination
 from rayflow.operators.kafka.transactions import Committable, take
 from tests.failing import FailsOnce
 from tests.kafka_server import KafkaServer
-from tests.kafka_server import kafka as kafka
 from tests.operators.kafka_sink.place import QUICK, Place
 
 N = 400

@@ -30,9 +30,7 @@ from rayflow.operators.sql.sinks import PostgresGuarantee, PostgresSink
 from rayflow.operators.sql.two_phase import TwoPhaseCommitter
 from rayflow.operators.sql.write_ahead import WriteAheadCommitter
 from tests.failing import FailsOnce
-from tests.postgres_server import PostgresServer, postgres
-
-__all__ = ["postgres"]
+from tests.postgres_server import PostgresServer
 
 N = 400
 DATA = pa.table({"k": [i % 50 for i in range(N)], "v": pa.array(range(N), pa.int64())})

@@ -22,9 +22,7 @@ from rayflow.stream import Stream
 from tests.failing import FailsOnce
 from tests.operators.sources.contract import read_all
 from tests.operators.sources.test_watching import KINDS, SCHEMA, Kind
-from tests.servers import S3Server, s3_server
-
-__all__ = ["s3_server"]  # a fixture, used by name
+from tests.servers import S3Server
 
 FILE_ROWS = 10
 

@@ -10,7 +10,6 @@ from click.testing import CliRunner, Result
 
 from rayflow.cli.main import main
 from tests.kafka_server import KafkaServer
-from tests.kafka_server import kafka as kafka
 from tests.operators.kafka_sink.place import Place, prepared, rows
 
 

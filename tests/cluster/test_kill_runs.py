@@ -16,9 +16,7 @@ from benchmarks.places import LocalPlace, S3Place, s3_place
 from rayflow.core.manifest import Manifest
 from rayflow.storage.checkpoints import CheckpointStore
 from rayflow.storage.filesystem import ObjectStore
-from tests.servers import S3Server, moto_server
-
-__all__ = ["moto_server"]
+from tests.servers import S3Server
 
 
 @pytest.mark.ray

@@ -9,11 +9,10 @@ import pytest
 
 import rayflow as rf
 from tests.cluster.ray_harness import kill, recovered, until
-from tests.kafka_server import KafkaServer, Message, kafka, records
+from tests.kafka_server import KafkaServer, Message, records
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 
-__all__ = ["kafka"]
 
 PARTITIONS, HALF = 3, 900
 SCHEMA = pa.schema([("id", pa.int64()), ("at", pa.timestamp("s")), ("who", pa.string())])

@@ -10,11 +10,10 @@ import pytest
 
 import rayflow as rf
 from tests.cluster.ray_harness import kill_and_recover, until
-from tests.kafka_server import KafkaServer, kafka, records
+from tests.kafka_server import KafkaServer, records
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 
-__all__ = ["kafka"]
 
 PARTITIONS, PART, KILLS = 2, 300, 2
 SCHEMA = pa.schema([("id", pa.int64()), ("k", pa.string())])

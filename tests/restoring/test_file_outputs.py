@@ -28,9 +28,7 @@ from tests.operators.sinks.contract import prepared
 from tests.operators.sources.contract import context, read_all
 from tests.restoring.flows import CONFIG
 from tests.restoring.stopping import run, savepoint_of
-from tests.servers import S3Server, s3_server
-
-__all__ = ["s3_server"]  # a fixture, used by name
+from tests.servers import S3Server
 
 BEFORE, AFTER = "before", "after"
 ROWS = 1_200

@@ -10,11 +10,9 @@ import pytest
 
 from rayflow.errors import DataError
 from rayflow.operators.kafka.formats import ArrowFormat, JsonFormat, RawFormat
-from tests.kafka_server import KafkaServer, Message, kafka, records
+from tests.kafka_server import KafkaServer, Message, records
 from tests.operators.helpers import context
 from tests.operators.kafka.reading import SCHEMA, drain, json_source, read_all, rows, rows_of
-
-__all__ = ["kafka"]
 
 
 def test_metadata_columns(kafka: KafkaServer) -> None:

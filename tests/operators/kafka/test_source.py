@@ -16,11 +16,9 @@ from rayflow.operators.kafka.client import Trouble
 from rayflow.operators.kafka.consumer import SharedConsumer
 from rayflow.operators.kafka.formats import JsonFormat
 from rayflow.operators.kafka.source import TopicPattern
-from tests.kafka_server import KafkaServer, Message, kafka, records, write
+from tests.kafka_server import KafkaServer, Message, records, write
 from tests.operators.helpers import context
 from tests.operators.kafka.reading import SCHEMA, drain, json_source, read_all, read_split, rows, rows_of, until
-
-__all__ = ["kafka"]
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from rayflow.errors import ConnectorError, DataError
 from rayflow.operators.kafka import producers
 from rayflow.operators.kafka.encoding import Encoding
 from tests.kafka_server import KafkaServer
-from tests.kafka_server import kafka as kafka
 from tests.operators.kafka_sink.place import Place, prepared, rows
 
 

@@ -19,7 +19,6 @@ from rayflow.operators.kafka.committer import KafkaCommitter
 from rayflow.operators.kafka.protocol import TransactionClient
 from rayflow.operators.kafka.transactions import Marker, Markers, TransactionalId
 from tests.kafka_server import KafkaServer, Message, free_port
-from tests.kafka_server import kafka as kafka
 from tests.operators.kafka_sink.place import Place, prepared, rows
 
 

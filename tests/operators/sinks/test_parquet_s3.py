@@ -17,9 +17,7 @@ from rayflow.operators.sources.parquet import ParquetSource
 from rayflow.operators.sources.paths import open_fs
 from tests.operators.sinks.contract import SinkContract, batch, committer, prepared, started
 from tests.operators.sources.contract import read_all
-from tests.servers import S3Server, moto_server, s3_server
-
-__all__ = ["moto_server", "s3_server"]  # fixtures, used by name
+from tests.servers import S3Server
 
 
 @pytest.fixture(params=["moto_server", "s3_server"])

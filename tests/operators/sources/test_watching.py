@@ -23,9 +23,7 @@ from rayflow.operators.sources.json_files import JsonSource
 from rayflow.operators.sources.parquet import ParquetSource
 from rayflow.operators.sources.paths import open_fs
 from tests.operators.sources.contract import context, rows
-from tests.servers import S3Server, s3_server
-
-__all__ = ["s3_server"]  # a fixture, used by name
+from tests.servers import S3Server
 
 SCHEMA = pa.schema([("x", pa.int64())])
 

@@ -10,9 +10,7 @@ from rayflow.errors import ConnectorError, DataError
 from rayflow.operators.sql.postgres import PostgresTable
 from tests.operators.sinks.contract import batch
 from tests.operators.sql.helpers import interval, opened, postgres_sink, prepared, started
-from tests.postgres_server import PostgresServer, postgres
-
-__all__ = ["postgres"]
+from tests.postgres_server import PostgresServer
 
 
 def rows(**columns: list[object]) -> pa.RecordBatch:

@@ -14,9 +14,7 @@ from rayflow.operators.sql.names import literal, passwords_of, quoted, without_s
 from rayflow.operators.sql.postgres import PostgresTable
 from rayflow.operators.sql.sinks import PostgresSink
 from tests.operators.sql.helpers import opened, postgres_sink, prepared, started
-from tests.postgres_server import PostgresServer, postgres
-
-__all__ = ["postgres"]
+from tests.postgres_server import PostgresServer
 
 UTC = dt.UTC
 VALUES: dict[str, tuple[pa.Array, Any]] = {

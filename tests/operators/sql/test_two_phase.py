@@ -13,9 +13,7 @@ from rayflow.operators.sql.postgres_marks import PostgresMarks
 from rayflow.operators.sql.sinks import PostgresSink
 from tests.operators.sinks.contract import batch
 from tests.operators.sql.helpers import interval, opened, postgres_sink, prepared, started
-from tests.postgres_server import PostgresServer, postgres
-
-__all__ = ["postgres"]
+from tests.postgres_server import PostgresServer
 
 
 class Rig:

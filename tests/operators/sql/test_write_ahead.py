@@ -26,9 +26,7 @@ from rayflow.operators.sql.staging import StagedFiles
 from rayflow.operators.sql.target import TargetSession, TransactionalTarget
 from tests.operators.sinks.contract import batch
 from tests.operators.sql.helpers import interval, opened, prepared, started
-from tests.postgres_server import PostgresServer, postgres
-
-__all__ = ["postgres"]
+from tests.postgres_server import PostgresServer
 
 
 class Rig:
