@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rayflow.errors import ConfigError, DataError, PlanError
-from rayflow.operators.kafka.json_text import json_rows, json_values
+from rayflow.operators.json_lines import check_json, json_texts, json_values
 from rayflow.operators.sources.schemas import describe
 
 ValueFormat = Literal["json", "avro", "arrow", "raw"]
@@ -114,6 +114,8 @@ class Encoding:
                 + f", got {describe(schema)}; select the columns before the sink"
             )
         value = pa.schema([schema.field(name) for name in values])
+        if self.format == "json":
+            check_json(value, function="write_kafka")
         if self.format == "raw" and not _is_bytes(value.field(0).type):
             raise PlanError(
                 f'write_kafka(format="raw") writes a binary or string column, got {describe(value)}; cast it'
@@ -169,7 +171,7 @@ class Encoder:
         elif how.format == "raw":
             values = value.column(0).cast(pa.large_binary()).to_pylist()
         else:
-            values = json_rows(value).cast(pa.large_binary()).to_pylist()
+            values = json_texts(value).cast(pa.large_binary()).to_pylist()
         constant = how.headers if not isinstance(how.headers, str) else ()
         return Messages(
             values,
@@ -187,7 +189,7 @@ class Encoder:
         names = self._encoding.key
         column = batch.column(names[0])
         if len(names) > 1:
-            column = json_rows(batch.select(names))
+            column = json_texts(batch.select(names))
         elif pa.types.is_dictionary(column.type):
             column = column.cast(column.type.value_type)
         if not _is_bytes(column.type):
