@@ -15,6 +15,7 @@ from rayflow.cli.loading import Target, TargetType, load_flow
 from rayflow.cli.options import allowances, as_json, print_json, storage_options
 from rayflow.config import CheckpointConfig, JobConfig
 from rayflow.core.keygroups import DEFAULT_MAX_PARALLELISM
+from rayflow.guarantees import check_guarantees
 from rayflow.progress import summary
 from rayflow.runtime.results import JobResult
 from rayflow.runtime.stores import Start
@@ -27,6 +28,9 @@ _parallelism = click.option(
     type=click.IntRange(min=1),
     help="Subtasks of each step; default: one a core on Ray, 1 elsewhere.",
 )
+_strict = click.option(
+    "--strict", is_flag=True, help="Refuse a flow with a source or sink that gives less than exactly once."
+)
 
 
 @click.command()
@@ -34,6 +38,7 @@ _parallelism = click.option(
 @_parallelism
 @click.option("--checkpoints", "url", metavar="URL", help="Folder or s3:// URL to keep checkpoints in.")
 @click.option("--interval", metavar="DURATION", help="Time between checkpoints, as 500ms or 10s; default 10s.")
+@_strict
 @click.option(
     "--state",
     type=click.Choice(["fs", "rocksdb", "memory"]),
@@ -69,6 +74,7 @@ def run(
     parallelism: int | None,
     url: str | None,
     interval: str | None,
+    strict: bool,
     state: Literal["fs", "rocksdb", "memory"] | None,
     max_parallelism: int,
     origin: str | None,
@@ -80,8 +86,8 @@ def run(
     as_json: bool,
 ) -> None:
     """Run the flow of FILE.py to its end."""
-    if url is None and (interval is not None or storage_options):
-        raise click.UsageError("--interval and --storage-option speak of checkpoints; add --checkpoints URL")
+    if url is None and (interval is not None or storage_options or strict):
+        raise click.UsageError("--interval, --strict and --storage-option speak of checkpoints; add --checkpoints URL")
     if origin is not None and start != "latest":
         raise click.UsageError("--from and --start both say where to begin; give one of them")
     if origin == "fresh" or (origin or "").isdecimal():
@@ -93,7 +99,7 @@ def run(
     checkpoints = (
         None
         if url is None
-        else CheckpointConfig(url, interval=interval or "10s", storage_options=dict(storage_options))
+        else CheckpointConfig(url, interval=interval or "10s", strict=strict, storage_options=dict(storage_options))
     )
     flow = load_flow(target)
     began = time.monotonic()
@@ -119,13 +125,16 @@ def run(
 @click.command()
 @click.argument("target", type=TargetType(), metavar="FILE.py[:flow]")
 @click.option("--mermaid", is_flag=True, help="A Mermaid flowchart instead of text.")
+@_strict
 @_parallelism
-def explain(target: Target, mermaid: bool, parallelism: int | None) -> None:
-    """Print the plan of the flow of FILE.py, without running it."""
+def explain(target: Target, mermaid: bool, strict: bool, parallelism: int | None) -> None:
+    """Print the plan of the flow of FILE.py and what it guarantees on each path, without running it."""
     with contextlib.redirect_stdout(sys.stderr):
         flow = load_flow(target)
     tell = flow.to_mermaid if mermaid else flow.explain
     click.echo(tell(parallelism=parallelism or 1))
+    if strict:
+        check_guarantees(flow.plan(parallelism=parallelism or 1), CheckpointConfig("explained", strict=True))
 
 
 def _start(value: str, param: click.Parameter, ctx: click.Context) -> Start:

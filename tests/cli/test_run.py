@@ -67,6 +67,21 @@ def test_json_is_alone_on_standard_output(file: Path) -> None:
     assert "noise of the user" in result.stderr
 
 
+def test_strict_refuses_what_is_written_twice_and_explain_tells_so_before(file: Path, tmp_path: Path) -> None:
+    weak, checkpoints = tmp_path / "weak.py", tmp_path / "checkpoints"
+    weak.write_text(FLOW.replace(".collect()", ".for_each_batch(lambda *given: None, name='calls')"))
+    told = "gives at least once and not exactly-once: sink 'calls' writes rows again after a failure"
+    assert told in one_sentence(rayflow("run", weak, "--local", "--checkpoints", checkpoints, "--strict"), 1)
+    assert not checkpoints.exists()
+    explained = rayflow("explain", weak, "--strict")
+    assert told in one_sentence(explained, 1)
+    assert "calls: at least once: sink 'calls' writes rows again" in explained.stdout
+    assert rayflow("explain", weak).exit_code == 0
+    assert rayflow("explain", file, "--strict").exit_code == 0
+    assert rayflow("run", file, "--local", "--checkpoints", checkpoints, "--strict").exit_code == 0
+    assert "--strict" in one_sentence(rayflow("run", file, "--local", "--strict"), 2)
+
+
 def test_a_run_continues_from_its_checkpoints_or_refuses(file: Path, tmp_path: Path) -> None:
     url = tmp_path / "checkpoints"
     first = rayflow("run", file, "--local", "--json", "--checkpoints", url, "--interval", "5ms")
