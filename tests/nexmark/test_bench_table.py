@@ -30,6 +30,7 @@ def test_a_row_a_query_and_nothing_is_cut_off() -> None:
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= WIDTH
     assert len([line for line in text.splitlines() if "│ q" in line]) == len(ALL)
+    assert "Flink tells every change" in " ".join(text.split())
     (q0,) = [line for line in text.splitlines() if "│ q0 " in line]
     assert [cell.strip() for cell in q0.strip("│").split("│")] == [
         "q0", "92.00", "92.00", f"{92 / cores(How(parallelism=16)):.2f}", "184.00", "0.75", "123.4", "3 x met", "equal"
