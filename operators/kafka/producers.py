@@ -81,7 +81,8 @@ class Producer:
             raise ConfigError(f"{where}: the Kafka client refuses its options: {error.args[0].str()}") from error
 
     def send(self, topic: str, messages: Messages) -> None:
-        """Hand over to the client, which sends in the background. Raises `DataError` for a message it will not take."""
+        """Hand over to the client, which sends in the background. Raises `DataError` for a message it will not take,
+        `ConnectorError` when none was taken, `ProducerBrokenError` when some were: again they would be there twice."""
         count, client = len(messages), self.client
         keys = messages.keys or repeat(None)
         produce: Callable[..., None] = client.produce
@@ -100,7 +101,7 @@ class Producer:
                 now = time.monotonic()
                 deadline = deadline or now + QUEUE_TIMEOUT_S
                 if now > deadline:
-                    raise ConnectorError(
+                    raise (ProducerBrokenError if at else ConnectorError)(
                         f"{self._where} could not write to {topic!r} at {self._servers}: the client's queue was full "
                         f"for {QUEUE_TIMEOUT_S:g} s; is the broker there? It is tried again"
                     ) from None
@@ -110,7 +111,10 @@ class Producer:
                 if len(self.client) < before:
                     deadline = 0.0
             except self._kafka.KafkaException as error:
-                raise self.error(error.args[0], f"write to {topic!r}") from error
+                found = self.error(error.args[0], f"write to {topic!r}")
+                if at and isinstance(found, ConnectorError):
+                    found = ProducerBrokenError(str(found))
+                raise found from error
         self.client.poll(0)
         self.check()
 

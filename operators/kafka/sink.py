@@ -98,9 +98,10 @@ class _KafkaOperator(SinkOperator):
             self._finish(oldest)  # on this thread: the subtask waits for the broker, and its senders for it
 
     def snapshot(self, checkpoint: CheckpointId) -> FrozenState | None:
-        if self._failure is not None:
-            raise self._failure
         with self._lock:
+            # Not before the lock: whoever holds it may be losing rows of the very interval that is sealed here.
+            if self._failure is not None:
+                raise self._failure
             if self._is_empty(self._open):
                 return None
             sealed, self._open = self._open, _Interval()
@@ -110,6 +111,8 @@ class _KafkaOperator(SinkOperator):
 
     def _prepare(self, sealed: _Interval) -> Sequence[Json]:
         """On the uploader thread, in the order of the checkpoints; again when it has failed."""
+        if self._failure is not None:
+            raise self._failure
         try:
             self._finish(sealed)
         except RayflowError as error:
