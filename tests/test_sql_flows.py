@@ -6,22 +6,20 @@ commit that nobody heard of), with the server killed, and with another paralleli
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import duckdb
 import pyarrow as pa
 import pytest
 
 import rayflow as rf
-from rayflow.core.ids import CheckpointId
 from rayflow.core.manifest import Json
 from rayflow.errors import ConnectorError, GuaranteeWarning, JobFailedError
-from rayflow.operators.base import Committer, CommitterContext, FrozenState, SinkOperator
+from rayflow.operators.base import Committer
 from rayflow.operators.sql.marks import Mark
 from rayflow.operators.sql.names import literal
 from rayflow.operators.sql.postgres import Connection, PostgresTable
@@ -30,92 +28,13 @@ from rayflow.operators.sql.sinks import PostgresGuarantee, PostgresSink
 from rayflow.operators.sql.two_phase import TwoPhaseCommitter
 from rayflow.operators.sql.write_ahead import WriteAheadCommitter
 from tests.failing import FailsOnce
+from tests.faulty_sinks import Fault, FaultyCommitter, FaultySink
 from tests.postgres_server import PostgresServer
 
 N = 400
 DATA = pa.table({"k": [i % 50 for i in range(N)], "v": pa.array(range(N), pa.int64())})
 EXACT: list[PostgresGuarantee] = ["two_phase", "wal"]
 LADDER = (1, 2, 3, 5, 2, 3, 1)
-Fault = Literal["in prepare", "before commit", "after commit"]
-
-
-# --------------------------------------------------------------------------------------------------- faults in a sink
-
-
-@dataclass(frozen=True)
-class FaultySink:
-    """A sink that fails once at the place named, after something has been committed."""
-
-    inner: Any
-    fault: Fault
-    marker: str
-
-    stateful = False
-
-    @property
-    def guarantee(self) -> Any:
-        return self.inner.guarantee
-
-    def with_input_schemas(self, schemas: Sequence[pa.Schema | None]) -> FaultySink:
-        return dataclasses.replace(self, inner=self.inner.with_input_schemas(schemas))
-
-    def strike(self) -> None:
-        if not Path(self.marker).exists():
-            Path(self.marker).touch()
-            raise RuntimeError(f"fault {self.fault}")
-
-    def build(self) -> SinkOperator:
-        operator: SinkOperator = self.inner.build()
-        if self.fault == "in prepare":
-            snapshot = operator.snapshot
-
-            def faulty(checkpoint: CheckpointId) -> FrozenState | None:
-                frozen = snapshot(checkpoint)
-                if frozen is None or frozen.prepare is None or checkpoint < 3:
-                    return frozen
-                prepare = frozen.prepare
-
-                def done_and_dead() -> Sequence[Json]:
-                    prepare()
-                    self.strike()
-                    raise rf.DataError("a subtask that has died does not go on")  # only the second strike comes here
-
-                return dataclasses.replace(frozen, prepare=prepare if Path(self.marker).exists() else done_and_dead)
-
-            operator.snapshot = faulty  # type: ignore[method-assign]
-        return operator
-
-    def committer(self) -> Committer:
-        inner: Committer = self.inner.committer()
-        return (FaultyWhole if inner.whole else FaultyCommitter)(inner, self)
-
-
-class FaultyCommitter(Committer):
-    def __init__(self, inner: Committer, sink: FaultySink) -> None:
-        self._inner = inner
-        self._sink = sink
-        self._commits = 0
-
-    def open(self, ctx: CommitterContext) -> None:
-        self._inner.open(ctx)
-
-    def commit(self, committables: Sequence[Json]) -> None:
-        self._commits += 1
-        if self._commits > 1 and self._sink.fault == "before commit":
-            self._sink.strike()
-        self._inner.commit(committables)
-        if self._commits > 1 and self._sink.fault == "after commit":
-            self._sink.strike()
-
-    def recover(self, committables: Sequence[Json], *, fresh: bool) -> None:
-        self._inner.recover(committables, fresh=fresh)
-
-    def finish(self) -> None:
-        self._inner.finish()
-
-
-class FaultyWhole(FaultyCommitter):
-    whole = True
 
 
 # ------------------------------------------------------------------------------------------------------------ the jobs
