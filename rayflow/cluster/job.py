@@ -12,7 +12,7 @@ import ray
 
 from rayflow.cluster.coordinator_actor import LINGER_S, CoordinatorActor
 from rayflow.cluster.deploy import check_cluster, connect
-from rayflow.cluster.outcome import failure_of, patiently
+from rayflow.cluster.outcome import ended_before, failure_of, patiently
 from rayflow.cluster.package import JobPackage, PlanFor, pack, pack_replan, slices_of, unpack_replan
 from rayflow.cluster.processes import reason_of, uncaught
 from rayflow.cluster.view import CoordinatorInfo, Ended
@@ -189,7 +189,7 @@ class Job:
             if (status.last_checkpoint or 0) > before:
                 return int(status.last_checkpoint or 0)
             if self._ended is not None:
-                raise JobFailedError(f"job {self.name} ended ({self._ended.state.value}) before a checkpoint completed")
+                raise ended_before(self._ended, self._stores().plan.name, "a checkpoint completed")
         raise TimeoutError(f"job {self.name} completed no checkpoint within {timeout:g} s; see Job.timeline()")
 
     def savepoint(
@@ -225,9 +225,7 @@ class Job:
             if manifest is not None:
                 return self._copied(manifest, copier, on_progress)
             if self._ended is not None:
-                raise JobFailedError(
-                    f"job {self.name} ended ({self._ended.state.value}) before a savepoint was complete"
-                )
+                raise ended_before(self._ended, self._stores().plan.name, "a savepoint was complete")
             if forgotten:
                 raise StorageError(
                     f"no savepoint of job {self.name}: its coordinator died meanwhile; the job goes on, ask again"

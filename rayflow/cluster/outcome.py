@@ -6,6 +6,7 @@ import time
 from typing import Any, Final
 
 from rayflow.cluster.view import Ended
+from rayflow.core.events import JobState
 from rayflow.errors import (
     ClusterError,
     CommitLostError,
@@ -46,6 +47,15 @@ def failure_of(ended: Ended, job: str) -> JobFailedError:
         if cause.traceback:
             error.__cause__.add_note(f"where it was raised:\n{cause.traceback}")
     return error
+
+
+def ended_before(ended: Ended, job: str, what: str) -> JobFailedError:
+    """The error of a driver that waited for something of a job that has ended meanwhile; a failure tells its cause."""
+    if ended.state is JobState.FAILED:
+        error = failure_of(ended, job)
+        error.add_note(f"it failed before {what}")
+        return error
+    return JobFailedError(f"job {job!r} ended ({ended.state.value}) before {what}")
 
 
 _KINDS: dict[str, type[RayflowError]] = {

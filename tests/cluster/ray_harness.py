@@ -13,9 +13,11 @@ import psutil
 
 from rayflow.cluster.job import Job
 from rayflow.core.manifest import Manifest, SplitState, decode
+from rayflow.runtime.results import JobStatus
 from rayflow.storage.layout import manifest_path
 
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
+"""For a machine with much else to do; what is waited for is there within moments on a quiet one."""
 
 
 def until(condition: Callable[[], object], what: str, *, timeout_s: float = PATIENCE_S) -> None:
@@ -32,9 +34,17 @@ def kill(*pids: int, sig: signal.Signals = signal.SIGKILL) -> None:
         os.kill(pid, sig)
 
 
+def living(job: Job) -> JobStatus:
+    """Its status; the test fails with what the job failed with."""
+    status = job.status()
+    if status.state == "failed":
+        job.wait(0)  # raises, with the cause
+    return status
+
+
 def running(job: Job) -> None:
     """Until every subtask runs, and a checkpoint of this attempt is complete."""
-    until(lambda: job.status().state == "running", f"{job} runs")
+    until(lambda: living(job).state == "running", f"{job} runs")
     job.checkpoint()
 
 
@@ -42,7 +52,7 @@ def recovered(job: Job, attempt: int) -> None:
     """Until an attempt later than ``attempt`` runs."""
 
     def again() -> bool:
-        status = job.status()
+        status = living(job)
         return status.attempt > attempt and status.state == "running"
 
     until(again, f"{job} runs again")
@@ -89,9 +99,11 @@ def visible(out: Path) -> list[Path]:
 
 def newest(job: Job, tmp_path: Path) -> Manifest:
     """The newest checkpoint's manifest, from its file."""
-    path = manifest_path(job.checkpoints()[0].checkpoint)
-    (file,) = (tmp_path / "checkpoints").glob(f"*/{path}")
-    return decode(file.read_bytes(), path=path)
+    while True:
+        path = manifest_path(job.checkpoints()[0].checkpoint)
+        for file in (tmp_path / "checkpoints").glob(f"*/{path}"):
+            with contextlib.suppress(FileNotFoundError):  # no longer the newest, and deleted already: look again
+                return decode(file.read_bytes(), path=path)
 
 
 def splits_of(manifest: Manifest) -> list[SplitState]:

@@ -11,11 +11,14 @@ import rayflow as rf
 from rayflow.cluster import job as jobs
 from rayflow.cluster.job import Job
 from rayflow.cluster.package import JobPackage
+from rayflow.cluster.view import Ended
 from rayflow.config import CheckpointConfig, JobConfig
+from rayflow.core.events import JobState
 from rayflow.core.ids import Attempt, CheckpointId
 from rayflow.core.manifest import Manifest
-from rayflow.errors import ClusterError, StorageError
-from rayflow.runtime.results import JobResult
+from rayflow.core.messages import FailureCause
+from rayflow.errors import ClusterError, JobFailedError, StorageError, UserCodeError
+from rayflow.runtime.results import JobResult, JobStatus
 
 SAVEPOINT = "file:///somewhere/savepoints/00000007-abcd"
 
@@ -62,6 +65,28 @@ def test_the_savepoint_is_named_when_the_job_cannot_be_started_again(monkeypatch
 def test_a_stop_that_takes_too_long_does_not_say_that_the_job_goes_on() -> None:
     with pytest.raises(TimeoutError, match="was told to stop .* stop\\(\\) again for the savepoint"):
         _Stopped(ends=False).stop(0.0, savepoint=True)
+
+
+class _Failed(_Stopped):
+    def _ask(self, method: str, *args: Any) -> Any:
+        if method != "outcome":
+            return None
+        cause = FailureCause("filter-2[0]: no module named 'theirs'", kind="UserCodeError")
+        status = JobStatus("failed", 1, 0, None, 0, None, cause.message)
+        return Ended(JobState.FAILED, cause, None, 0, (), {}, status, ())
+
+    def _release(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "savepoint"])
+def test_who_waits_for_a_checkpoint_of_a_job_that_failed_is_told_why(what: str) -> None:
+    with pytest.raises(JobFailedError, match="'totals' failed: filter-2.* no module named 'theirs'") as told:
+        getattr(_Failed(), what)()
+    assert isinstance(told.value.__cause__, UserCodeError)
+    assert [f"it failed before a {what}"] == [
+        note[: len(f"it failed before a {what}")] for note in told.value.__notes__
+    ]
 
 
 class _Failing:

@@ -1,5 +1,5 @@
 """Event time on real Ray: an interval join, sessions of what it gives, and the best rows of sliding windows, while
-subtasks and the coordinator are killed at checkpoints that hold rows of all of them; equal to DuckDB."""
+the coordinator and subtasks are killed at checkpoints that hold rows of all of them; equal to DuckDB."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import pytest
 import rayflow as rf
 from rayflow import col
 from rayflow.cluster.job import Job
-from tests.cluster.ray_harness import kill, kill_and_recover, newest, pid_of, recovered, until, visible
+from tests.cluster.ray_harness import kill, newest, pid_of, recovered, until, visible
 
-SPLITS, ROWS, SLOW = 2, 6_000, 5_000
+SPLITS, ROWS, SLOW = 2, 3_000, 2_400
 """Rows of each split, and how many of them come before the gate opens: slowly, so that processes die among them."""
 SCHEMA = pa.schema([("k", pa.int64()), ("t", pa.timestamp("us")), ("v", pa.int64()), ("side", pa.int64())])
 MS = 1_000
@@ -52,16 +52,22 @@ def reading(gate: Path) -> Callable[[int, int], Iterator[pa.RecordBatch | None]]
 
 
 def flow(gate: Path, out: Path) -> rf.Flow:
-    rows = rf.from_generator(
-        reading(gate), splits=SPLITS, bounded=False, schema=SCHEMA, event_time="t", max_delay="400ms"
+    left, right = (
+        rf.from_generator(
+            reading(gate), splits=SPLITS, bounded=False, schema=SCHEMA, event_time="t", max_delay="400ms", name=name
+        )
+        .filter(col("side") == side)
+        .drop("side")
+        .key_by("k")
+        for side, name in enumerate(("left", "right"))
     )
-    left, right = (rows.filter(col("side") == side).drop("side").key_by("k") for side in (0, 1))
     pairs = left.join(right, within="150ms", how="left", name="pairs")
-    sessions = pairs.key_by("k").window(rf.session(gap="1s")).agg(name="sessions", n=rf.count(), total=rf.sum("v"))
-    windows = rows.drop("side").key_by("k").window(rf.sliding("2s", every="500ms"))
-    best = windows.top(2, by="v", name="best")
-    sinks = (("pairs", pairs), ("sessions", sessions), ("best", best))
-    return rf.Flow("event-time", *(stream.write_parquet(str(out / name)) for name, stream in sinks))
+    sessions = pairs.key_by("k").window(rf.session(gap="1s"))
+    totals = sessions.agg(name="sessions", n=rf.count(), total=rf.sum("v"), total_right=rf.sum("v_right"))
+    best = left.window(rf.sliding("2s", every="500ms")).top(2, by="v", name="best")
+    return rf.Flow(
+        "event-time", *(x.write_parquet(str(out / name)) for name, x in (("sessions", totals), ("best", best)))
+    )
 
 
 PAIRS = f"""
@@ -74,11 +80,12 @@ SESSIONS = f"""
         window times as (partition by k order by join_time)),
     numbered as (
         select *, sum(first) over (partition by k order by join_time rows unbounded preceding) number from begun)
-    select k, min(join_time), max(join_time) + {GAP}, count(*), sum(v)::bigint from numbered group by k, number"""
+    select k, min(join_time), max(join_time) + {GAP}, count(*), sum(v)::bigint, sum(v_right)::bigint
+    from numbered group by k, number"""
 BEST = f"""
     with cut as (
         select k, t, v, unnest([floor(t / {EVERY})::bigint * {EVERY} - n * {EVERY} for n in range({SIZE // EVERY})]) s
-        from rows)
+        from rows where side = 0)
     select k, s, s + {SIZE}, t, v, row_number() over (partition by k, s order by v desc) best from cut
     qualify best <= 2"""
 
@@ -120,18 +127,16 @@ def test_joins_sessions_and_ranks_are_exact_through_kills(tmp_path: Path, gate: 
         until(lambda: holds_rows_of_all(job, tmp_path), "a checkpoint holds rows of every step")
         return job.status().attempt
 
-    with_state()
-    kill_and_recover(job, pid_of(job, "pairs"))
     attempt = with_state()
     kill(job.coordinator().pid)
     recovered(job, attempt)
     attempt = with_state()
-    kill(pid_of(job, "sessions", 1), pid_of(job, "best"))
+    kill(pid_of(job, "pairs"), pid_of(job, "sessions", 1), pid_of(job, "best"))
     recovered(job, attempt)
     with_state()
     gate.touch()
-    assert job.wait(60).restarts == 1, "the new coordinator has seen one failure"
-    for name, query in (("pairs", PAIRS), ("sessions", SESSIONS), ("best", BEST)):
+    assert job.wait(120).restarts == 1, "the new coordinator has seen one failure"
+    for name, query, least in (("sessions", SESSIONS, 100), ("best", BEST, 1_000)):
         wanted = expected(query)
-        assert len(wanted) > 500 or name == "sessions"
+        assert len(wanted) >= least, name
         assert written(out / name) == wanted, name
