@@ -9,7 +9,7 @@ READY  := $(VENV)/.installed
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-fast check format demo sim bench kill-runs nexmark bench-nexmark clean
+.PHONY: help test test-fast check format demo sim bench kill-runs delivery nexmark bench-nexmark clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -47,6 +47,9 @@ bench: $(READY) ## every figure, as JSON lines and a table
 
 kill-runs: $(READY) ## runs with SIGKILL at random moments, compared with DuckDB
 	$(BIN)/python -m benchmarks.kill_runs
+
+delivery: $(READY) ## Kafka to every sink with SIGKILL in turn and servers away, read back exactly: ROUNDS=20
+	$(BIN)/python -m benchmarks.delivery_kills --rounds $(or $(ROUNDS),20) --outage 10
 
 nexmark: $(READY) ## every Nexmark query through a kill, equal to DuckDB
 	$(BIN)/python -m examples.nexmark --events 200000 --out-of-order 1s --kill

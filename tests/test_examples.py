@@ -14,6 +14,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 PROVES = {
     "generator.py": "every row of both splits came out exactly once",
     "hello.py": "3 rows, as counted by hand",
+    "kafka_to_parquet.py": "20000 orders were each counted exactly once, in 136 rows of Parquet",
     "late_rows.py": "every report is in exactly one of the two outputs",
     "unpaid.py": "every order that was not paid in time was told exactly once",
 }

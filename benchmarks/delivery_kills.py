@@ -1,0 +1,366 @@
+"""Kafka -> windows by key -> somewhere, on real Ray, with SIGKILL of subtasks and of the coordinator in turn.
+
+`python -m benchmarks.delivery_kills [--rounds 20] [--sink kafka --sink postgres ...] [--together] [--outage 5]
+[--seed S]`. A job a sink (`--together`: one job with all of them) of parallelism 2, with a checkpoint every 300 ms,
+reads a topic of four partitions. It gets its rows a round at a time: half of them, then a checkpoint must complete,
+then the others, and at a checkpoint that has just completed, or is under way, a process of a subtask is killed; in the
+next round the coordinator; in the one after that both at once. The next round begins when the job runs again. With
+`--outage N`, in every Nth round the broker and the servers that are written to go away too, for some seconds and until
+the job has had to do with it.
+
+After the last round the topic holds as many rows as the job was told to read, and it ends. What a client that is not
+rayflow reads then (`read_committed` for Kafka) must be what DuckDB makes of the rows that were produced, as a multiset;
+nothing may be prepared or open any more. Exit code 1 if it is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+from rich.console import Console
+
+import rayflow as rf
+from benchmarks.__main__ import ModuleRun, table_of
+from benchmarks.delivery_targets import KINDS, Servers, Target, target
+from benchmarks.figures import Figure, emit
+from benchmarks.kill_runs import cluster, living
+from rayflow.core import timeline
+from rayflow.core.timeline import TimelineEntry
+
+if TYPE_CHECKING:
+    from tests.kafka_server import KafkaServer, Message
+
+PARALLELISM = 2
+PARTITIONS = 4
+INTERVAL = "300ms"
+ROWS = 1_200
+"""Of a round, a multiple of twice the partitions: both halves of it give each partition as many."""
+KEYS = 11
+ROUND_S = 10
+"""Event time that passes in a round: so many windows of each key."""
+DELAY_US = 500_000
+BEGIN_US = 1_767_225_600_000_000
+"""2026-01-01."""
+SCHEMA = pa.schema([("at", pa.timestamp("us")), ("who", pa.string()), ("amount", pa.int64())])
+PATIENCE_S = 120.0
+AWAY_S = 3.0
+"""How long servers are away at least."""
+MOST_LOOKS = 10
+
+
+class Who(Enum):
+    """Killed in turn."""
+
+    SUBTASK = "subtask"
+    COORDINATOR = "coordinator"
+    BOTH = "both"
+
+
+@dataclass(slots=True)
+class Run:
+    """What came of one job."""
+
+    sinks: list[str]
+    kills: list[str] = field(default_factory=list)
+    coordinator_kills: int = 0
+    outages: int = 0
+    rounds: int = 0
+    recovered_s: list[float] = field(default_factory=list)
+    rows: int = 0
+    checkpoint: int = 0
+    exact: dict[str, bool] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems and bool(self.exact) and all(self.exact.values())
+
+
+class Orders:
+    """The rows of each round, the same for a seed, and what is to be delivered of them."""
+
+    def __init__(self, seed: int, rounds: int) -> None:
+        self.rounds = rounds
+        rng = np.random.default_rng(seed)
+        count = rounds * ROWS
+        # In order but for the delay, and whole seconds apart often enough that rows fall on the edges of windows.
+        even = np.arange(count, dtype=np.int64) * (ROUND_S * 1_000_000 // ROWS)
+        late = rng.integers(0, DELAY_US, count) * rng.integers(0, 2, count)
+        at = BEGIN_US + np.maximum(even - late, 0)
+        who = np.char.add("w", rng.integers(0, KEYS, count).astype(str))
+        self.table = pa.table(
+            [
+                pa.array(at).view(pa.timestamp("us")),
+                pa.array(who, pa.string()),
+                pa.array(rng.integers(1, 1_000, count)),
+            ],
+            schema=SCHEMA,
+        )
+
+    def messages(self, half: int) -> list[Message]:
+        """Of the so manieth half round, dealt out to the partitions."""
+        from tests.kafka_server import records
+
+        rows = self.table.slice(half * ROWS // 2, ROWS // 2).to_pylist()
+        return records([row | {"at": row["at"].isoformat()} for row in rows], partitions=PARTITIONS)
+
+    def expected(self) -> pa.Table:
+        rows = self.table  # noqa: F841 (duckdb finds it)
+        return duckdb.sql(
+            """select who, time_bucket(interval 1 second, "at") as start, count(*) as n, sum(amount)::bigint as total
+               from rows group by all"""
+        ).to_arrow_table()
+
+    def difference(self, delivered: pa.Table) -> str:
+        """Empty when exactly what is expected was delivered."""
+        expected = self.expected()  # noqa: F841
+        more, fewer = duckdb.sql(
+            """select (select count(*) from (from delivered except all from expected)),
+                      (select count(*) from (from expected except all from delivered))"""
+        ).fetchall()[0]
+        return f"{more} rows too many, {fewer} missing" if more or fewer else ""
+
+
+def flow(name: str, kafka: KafkaServer, topic: str, rows: int, targets: Sequence[Target]) -> rf.Flow:
+    read = rf.read_kafka(
+        topic,
+        bootstrap_servers=kafka.bootstrap_servers,
+        schema=SCHEMA,
+        stop={(topic, partition): rows // PARTITIONS for partition in range(PARTITIONS)},
+        event_time="at",
+        max_delay="1s",
+    )
+    windows = read.key_by("who").window(rf.tumbling("1s")).agg(n=rf.count(), total=rf.sum("amount"))
+    made = windows.select("who", "n", "total", start="window_start").select("who", "start", "n", "total")
+    return rf.Flow(name, *(each.sink(made) for each in targets))
+
+
+class Delivery:
+    """One job and its rounds."""
+
+    def __init__(self, targets: Sequence[Target], servers: Servers, folder: Path, *, rounds: int, seed: int) -> None:
+        self.run = Run([each.kind for each in targets])
+        self._targets = targets
+        self._kafka = servers.kafka()
+        self._topic = self._kafka.topic(PARTITIONS, name="orders")
+        self._orders = Orders(seed, rounds + 1)
+        self._rng = random.Random(seed)
+        checkpoints = rf.CheckpointConfig(str(folder / "checkpoints"), interval=INTERVAL)
+        name = "-".join(["delivery", *self.run.sinks])
+        made = flow(name, self._kafka, self._topic, self._orders.table.num_rows, targets)
+        self.job = made.submit(parallelism=PARALLELISM, checkpoints=checkpoints)
+
+    def round(self, number: int, *, outage: bool = False) -> None:
+        who = list(Who)[number % len(Who)]
+        self._until(lambda: self.job.status().state == "running", "it runs")
+        self._produce(2 * number)
+        self.job.checkpoint(PATIENCE_S)
+        self._produce(2 * number + 1)
+        if outage:
+            self._outage()
+        moment = self._moment()
+        began = time.monotonic()
+        killed = self._kill(who, number // len(Who))
+        took = time.monotonic() - began
+        self.run.kills.append(f"{killed} {moment}")
+        self.run.recovered_s.append(took)
+        self.run.rounds += 1
+        away = ", servers away" if outage else ""
+        print(f"  round {number}: {killed} {moment}{away}; runs again after {took:.1f} s", file=sys.stderr, flush=True)
+
+    def finish(self) -> None:
+        """The rows behind the last round, and the judgement."""
+        self._produce(2 * self.run.rounds)
+        self._produce(2 * self.run.rounds + 1)
+        result = self.job.wait(PATIENCE_S)
+        self.run.checkpoint = result.checkpoint or 0
+        for each in self._targets:
+            delivered = each.rows()
+            self.run.rows += delivered.num_rows
+            wrong = self._orders.difference(delivered)
+            self.run.exact[each.kind] = not wrong
+            self.run.problems += [f"{each.kind}: {wrong}"] if wrong else []
+            self.run.problems += [f"{each.kind}: {left}" for left in each.leftovers()]
+
+    def _produce(self, half: int) -> None:
+        self._kafka.produce(self._topic, self._orders.messages(half))
+
+    def _moment(self) -> str:
+        """Waits for the moment of the next kill."""
+        before = self.job.status().last_checkpoint or 0
+        if self._rng.random() < 0.5:
+            moment = "when a checkpoint is complete"
+            self._until(lambda: (self.job.status().last_checkpoint or 0) > before, "a checkpoint completes")
+        else:
+            moment = "while a checkpoint is under way"
+            seen = self._newest(timeline.CHECKPOINT_TRIGGERED)
+            self._until(lambda: self._newest(timeline.CHECKPOINT_TRIGGERED) != seen, "a checkpoint is triggered")
+        for _ in range(self._rng.randint(0, MOST_LOOKS)):
+            self.job.status()
+        return moment
+
+    def _kill(self, who: Who, turn: int) -> str:
+        """Returns when the job runs again; names of the killed."""
+        attempt = self.job.status().attempt
+        leader = self.job.coordinator()
+        killed = []
+        if who is not Who.COORDINATOR:
+            victims = living(self.job)
+            name, pid = victims[turn % len(victims)]
+            os.kill(pid, signal.SIGKILL)
+            killed.append(name)
+        if who is not Who.SUBTASK:
+            os.kill(leader.pid, signal.SIGKILL)
+            self.run.coordinator_kills += 1
+            killed.append("coordinator")
+            self._until(lambda: self.job.coordinator().life != leader.life, "it has a new coordinator")
+        self._runs_after(attempt)
+        return " and ".join(killed)
+
+    def _outage(self) -> None:
+        """All servers, one after another: each is away for some time, in which the job has had to do with it."""
+        self.run.outages += 1
+        away = {"kafka": self._kafka.away} | {each.kind: each.away for each in self._targets if each.kind != "kafka"}
+        for name, leave in away.items():
+            with leave():
+                back = time.monotonic() + AWAY_S
+                self._until(lambda back=back: time.monotonic() > back and self._struggles(), f"it misses {name}")  # type: ignore[misc]
+            self.job.checkpoint(PATIENCE_S)
+
+    def _struggles(self) -> bool:
+        """A checkpoint does not get on, or the attempt has failed."""
+        about = (timeline.CHECKPOINT_TRIGGERED, timeline.CHECKPOINT_COMPLETED)
+        newest = [entry.what for entry in self.job.timeline() if entry.what in about]
+        return self.job.status().state != "running" or newest[-1:] == [timeline.CHECKPOINT_TRIGGERED]
+
+    def _runs_after(self, attempt: int) -> None:
+        def again() -> bool:
+            status = self.job.status()
+            return status.attempt > attempt and status.state == "running"
+
+        self._until(again, "it runs again")
+
+    def _newest(self, what: str) -> TimelineEntry | None:
+        return next((entry for entry in reversed(self.job.timeline()) if entry.what == what), None)
+
+    def _until(self, condition: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while not condition():
+            status = self.job.status()
+            if status.state in ("finished", "failed", "cancelled", "stopped"):
+                raise RuntimeError(f"waited for {self.job}: {what}; it is {status}")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"waited {PATIENCE_S:g} s for {self.job}: {what}; it is {status}")
+            time.sleep(0.002)
+
+
+def deliver(
+    targets: Sequence[Target], servers: Servers, folder: Path, *, rounds: int, seed: int, outage: int = 0
+) -> Run:
+    """Never raises once the job is submitted: what went wrong stands in the result. ``outage``: in every so manieth
+    round."""
+    began = time.monotonic()
+    delivery = Delivery(targets, servers, folder, rounds=rounds, seed=seed)
+    run = delivery.run
+    try:
+        for number in range(rounds):
+            delivery.round(number, outage=outage > 0 and number % outage == outage - 1)
+        delivery.finish()
+    except Exception as error:
+        run.problems.append(f"{type(error).__name__}: {error}")
+        traceback.print_exc()
+        with contextlib.suppress(Exception):
+            for entry in delivery.job.timeline()[-40:]:
+                print(f"  {entry.at:12.3f} {entry.attempt} {entry.what}: {entry.detail[:300]}", file=sys.stderr)
+            delivery.job.cancel()
+    run.seconds = time.monotonic() - began
+    return run
+
+
+def deliveries(
+    kinds: Sequence[str], folder: Path, *, rounds: int, seed: int, outage: int = 0, together: bool = False
+) -> Iterator[Run]:
+    """One job after another, on the Ray cluster of this process, each with targets of its own."""
+    servers = Servers(folder)
+    try:
+        for i, each in enumerate([tuple(kinds)] if together else [(kind,) for kind in kinds]):
+            own = folder / f"job-{i}"
+            own.mkdir()
+            targets = [target(kind, servers, own) for kind in each]
+            yield deliver(targets, servers, own, rounds=rounds, seed=seed + i, outage=outage)
+    finally:
+        servers.close()
+
+
+def told(run: Run) -> str:
+    verdict = "exact" if run.ok else f"FAILED ({'; '.join(run.problems[:5])})"
+    return (
+        f"{', '.join(run.sinks)}: {run.rounds} rounds in {run.seconds:.0f} s, {len(run.kills)} kills, "
+        f"{run.coordinator_kills} with the coordinator, {run.outages} outages, {run.checkpoint} checkpoints, "
+        f"{run.rows:,} rows: {verdict}"
+    )
+
+
+def figures(run: Run, rounds: int) -> list[Figure]:
+    title = f"delivery to {', '.join(run.sinks)}"
+    worst = round(max(run.recovered_s, default=0.0), 2)
+    return [
+        emit(f"{title}: rounds with a kill", run.rounds, "rounds", rounds, run.rounds == rounds),
+        emit(f"{title}: read back", "exact" if run.ok else "; ".join(run.problems), "", "exact", run.ok),
+        emit(f"{title}: kill until it runs again, longest", worst, "s"),
+        emit(f"{title}: outages of servers", run.outages, "outages"),
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--sink", action="append", choices=KINDS, help="may be given again; default: all of them")
+    parser.add_argument("--together", action="store_true", help="one job with all sinks")
+    parser.add_argument("--outage", type=int, default=0, help="servers go away in every so manieth round")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="rayflow-delivery-"))
+    done: list[Run] = []
+    measured: list[Figure] = []
+    with cluster():
+        for run in deliveries(
+            options.sink or KINDS,
+            folder,
+            rounds=options.rounds,
+            seed=options.seed,
+            outage=options.outage,
+            together=options.together,
+        ):
+            done.append(run)
+            print(told(run), file=sys.stderr, flush=True)
+            measured += figures(run, options.rounds)
+    Console(stderr=True).print(table_of([ModuleRun("delivery_kills", tuple(measured), 0)]))
+    good = all(run.ok and run.rounds == options.rounds for run in done)
+    if good:
+        shutil.rmtree(folder, ignore_errors=True)
+    else:
+        print(f"kept: {folder}", file=sys.stderr)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
