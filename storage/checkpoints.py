@@ -30,6 +30,9 @@ from rayflow.storage.layout import (
 from rayflow.storage.retention import Contents, Retention
 from rayflow.storage.store import PutOutcome, Store
 
+LISTED_A_REQUEST = 1000
+"""Objects that S3 tells at once."""
+
 ATTEMPTS_AN_INCARNATION = 10_000
 """Attempts of coordinator i are numbered from i times this, so that no two coordinators share one (rule C6)."""
 
@@ -93,6 +96,7 @@ class CheckpointStore(CheckpointReader):
         self._begun: set[CheckpointId] = set()  # manifests whose write was begun, ever; grows by one a checkpoint
         self._unsettled: set[CheckpointId] = set()  # those whose outcome is unknown
         self._retention = Retention(store, self._contents)
+        self._retain_in = 0  # checkpoints until retention looks at the directory again
 
     # --------------------------------------------------------------------------------------------- becoming coordinator
 
@@ -252,7 +256,8 @@ class CheckpointStore(CheckpointReader):
         assert self._decision is not None
         number = self._decision.incarnation
         # Listed, not asked for by the next number: retention of a still later coordinator prunes all but the highest.
-        highest = max((parse_claim(path) or 0 for path, _ in self._store.list(COORDINATORS)), default=0)
+        later = self._store.list(COORDINATORS, after=claim_path(number))
+        highest = max((parse_claim(path) or 0 for path, _ in later), default=0)
         if highest > number:
             self._fenced = True
             raise FencedError(
@@ -290,9 +295,21 @@ class CheckpointStore(CheckpointReader):
     # --------------------------------------------------------------------------------------------------------- deleting
 
     def retain(self, newest: CheckpointId, keep: int) -> None:
-        """``newest`` is complete: keep it and the ``keep - 1`` before it; see `Retention.retain`."""
+        """``newest`` is complete: keep it and the ``keep - 1`` before it; see `Retention.retain`.
+
+        Looks at the directory once in so many checkpoints as it has thousands of files, so what this costs a checkpoint
+        does not grow with them; until then that many more are kept.
+        """
+        if self._retention.learn():
+            self._retain_in = 0
+            return
+        self._retain_in -= 1
+        if self._retain_in > 0:
+            return
         self._check_owned()
-        self._retention.retain(self.survey(), newest, keep)
+        directory = self.survey()
+        self._retain_in = len(directory.files) // LISTED_A_REQUEST
+        self._retention.retain(directory, newest, keep)
 
     def discard(self, checkpoint: CheckpointId) -> None:
         """Delete the files of an aborted checkpoint; `ProtocolError` if a write of its manifest was begun (C7)."""

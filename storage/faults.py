@@ -32,7 +32,7 @@ class FaultyStore:
     def __init__(self, inner: Store, script: Script) -> None:
         self.inner = inner
         self.script = script
-        self._listings: dict[str, list[tuple[str, int]]] = {}
+        self._listings: dict[tuple[str, str], list[tuple[str, int]]] = {}
 
     def put(self, path: str, data: bytes) -> None:
         self._write("put", path, data, self.inner.put)
@@ -52,13 +52,13 @@ class FaultyStore:
             raise _failure("exists", path)
         return self.inner.exists(path)
 
-    def list(self, prefix: str = "") -> list[tuple[str, int]]:
+    def list(self, prefix: str = "", *, after: str = "") -> list[tuple[str, int]]:
         fault = self.script("list", prefix)
         if fault is Fault.STALE:
-            return self._listings.get(prefix, [])
+            return self._listings.get((prefix, after), [])
         if fault is not None:
             raise _failure("list", prefix)
-        found = self._listings[prefix] = self.inner.list(prefix)
+        found = self._listings[prefix, after] = self.inner.list(prefix, after=after)
         return list(found)
 
     def delete(self, path: str) -> None:

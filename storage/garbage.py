@@ -79,8 +79,8 @@ class _Recorder:
     def exists(self, path: str) -> bool:
         return self._store.exists(path)
 
-    def list(self, prefix: str = "") -> list[tuple[str, int]]:
-        return self._store.list(prefix)
+    def list(self, prefix: str = "", *, after: str = "") -> list[tuple[str, int]]:
+        return self._store.list(prefix, after=after)
 
     def delete(self, path: str) -> None:
         self.deleted.append(path)

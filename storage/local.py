@@ -60,9 +60,9 @@ class LocalDriver:
         except (FileNotFoundError, NotADirectoryError):
             return False
 
-    def list(self, prefix: str) -> list[tuple[str, int]]:
+    def list(self, prefix: str, after: str = "") -> list[tuple[str, int]]:
         folder = prefix.rpartition("/")[0]
-        return sorted(found for found in self._walk(folder) if found[0].startswith(prefix))
+        return sorted(found for found in self._walk(folder) if found[0].startswith(prefix) and found[0] > after)
 
     def delete(self, path: str) -> None:
         try:

@@ -104,8 +104,8 @@ class S3Driver:
             raise
         return True
 
-    def list(self, prefix: str) -> list[tuple[str, int]]:
-        return sorted(self._pages(prefix))
+    def list(self, prefix: str, after: str = "") -> list[tuple[str, int]]:
+        return sorted(self._pages(prefix, after))
 
     def delete(self, path: str) -> None:
         retried(lambda: self._call("delete_object", Key=self._prefix + path))
@@ -119,8 +119,8 @@ class S3Driver:
             if refused:
                 raise OSError(f"{len(refused)} objects were not deleted, the first: {refused[0]}")
 
-    def _pages(self, prefix: str) -> Iterator[tuple[str, int]]:
-        more: dict[str, str] = {}
+    def _pages(self, prefix: str, after: str) -> Iterator[tuple[str, int]]:
+        more = {"StartAfter": self._prefix + after} if after else {}
         while True:
             full = self._prefix + prefix
             page, _ = retried(lambda more=more, full=full: self._call("list_objects_v2", Prefix=full, **more))  # type: ignore[misc]
@@ -190,12 +190,12 @@ class FsspecMemoryDriver:
         with _MEMORY_LOCK:
             return bool(self._fs.isfile(f"{self._root}/{path}"))
 
-    def list(self, prefix: str) -> list[tuple[str, int]]:
+    def list(self, prefix: str, after: str = "") -> list[tuple[str, int]]:
         with _MEMORY_LOCK:
             found = self._fs.find(self._root or "/", detail=True)
         begin = len(self._root) + 1
         pairs = ((name[begin:], int(info["size"])) for name, info in found.items())
-        return sorted(pair for pair in pairs if pair[0].startswith(prefix))
+        return sorted(pair for pair in pairs if pair[0].startswith(prefix) and pair[0] > after)
 
     def delete(self, path: str) -> None:
         with _MEMORY_LOCK:

@@ -15,8 +15,10 @@ touched.
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rayflow.core.ids import CheckpointId
 from rayflow.errors import CorruptCheckpointError
@@ -34,6 +36,9 @@ from rayflow.storage.layout import (
 from rayflow.storage.store import TEMPORARY_SUFFIX, Store
 
 PINNED_KIND = "savepoint"
+
+MANIFESTS_READ_MAX = 100
+"""At once: a coordinator that takes over thousands learns them little by little."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +70,20 @@ class Retention:
     def __init__(self, store: Store, contents: Callable[[CheckpointId], Contents | None]) -> None:
         self._store = store
         self._read = contents
-        self._cache: dict[CheckpointId, Contents] = {}
+        self._cache: dict[CheckpointId, Contents | None] = {}
+        self._unread: list[CheckpointId] = []
 
     def retain(self, directory: Directory, newest: CheckpointId, keep: int) -> None:
         """Keep ``newest``, the ``keep - 1`` before it, pinned ones, and everything above; delete the other checkpoints.
 
         Raises `CorruptCheckpointError`, having deleted nothing, if ``newest`` cannot be read back: it might be the
-        only reason to delete the others.
+        only reason to delete the others. Deletes nothing while there are many manifests that it has not read: then
+        `learn` must be called until there are few.
         """
+        unread = [checkpoint for checkpoint in directory.manifests if checkpoint not in self._cache]
+        if len(unread) > MANIFESTS_READ_MAX:
+            self._unread = unread[::-1]
+            return
         judged = self._judge(directory, newest, keep)
         if newest not in judged.kept:
             raise CorruptCheckpointError(
@@ -87,6 +98,17 @@ class Retention:
         self._delete_folders(directory, [c for c in directory.folders if c < newest and c not in judged.kept], referred)
         self._delete_files(path for path in _shared(directory, newest) if path not in referred)
         self._prune_coordinators(directory, judged)
+
+    def learn(self) -> bool:
+        """Read some of the manifests that `retain` had found too many; False if there is none to be read."""
+        if not self._unread:
+            return False
+        for _ in range(MANIFESTS_READ_MAX):
+            if self._unread:
+                with contextlib.suppress(CorruptCheckpointError):
+                    self._contents(self._unread[-1])
+                self._unread.pop()
+        return True
 
     def sweep(self, directory: Directory, keep: int, upto: CheckpointId, incarnation: int) -> None:
         """No subtask runs any more: leave only what retained manifests name.
@@ -149,8 +171,9 @@ class Retention:
     def _contents(self, checkpoint: CheckpointId) -> Contents | None:
         if checkpoint not in self._cache:
             contents = self._read(checkpoint)
-            if contents is None:
-                return None
+            if contents is not None:
+                # One text for each path, however many manifests name it.
+                contents = replace(contents, files=frozenset(map(sys.intern, contents.files)))
             self._cache[checkpoint] = contents
         return self._cache[checkpoint]
 

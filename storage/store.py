@@ -47,8 +47,11 @@ class Store(Protocol):
 
     def exists(self, path: str) -> bool: ...
 
-    def list(self, prefix: str = "") -> list[tuple[str, int]]:
-        """(path, size in bytes) of every object whose path begins with ``prefix``, sorted; never from a cache."""
+    def list(self, prefix: str = "", *, after: str = "") -> list[tuple[str, int]]:
+        """(path, size in bytes) of every object whose path begins with ``prefix``, sorted; never from a cache.
+
+        Only those that sort behind ``after``, which then costs no more than they do.
+        """
 
     def delete(self, path: str) -> None:
         """Remove the object; nothing happens if there is none."""
@@ -105,9 +108,9 @@ class MemoryStore:
         with self._lock:
             return path in self._objects
 
-    def list(self, prefix: str = "") -> list[tuple[str, int]]:
+    def list(self, prefix: str = "", *, after: str = "") -> list[tuple[str, int]]:
         with self._lock:
-            return sorted((p, len(data)) for p, data in self._objects.items() if p.startswith(prefix))
+            return sorted((p, len(data)) for p, data in self._objects.items() if p.startswith(prefix) and p > after)
 
     def delete(self, path: str) -> None:
         with self._lock:

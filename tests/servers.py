@@ -80,30 +80,46 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 @contextlib.contextmanager
 def seaweed(folder: Path) -> Iterator[S3Server]:
-    """Run ``weed mini`` on ``folder``; ready means that a bucket was made and read."""
-    ports = _free_ports(12)
-    names = ["master", "volume", "filer", "s3", "admin"]
-    flags = [f"-{name}.port={ports[2 * i]}" for i, name in enumerate(names)]
-    flags += [f"-{name}.port.grpc={ports[2 * i + 1]}" for i, name in enumerate(names)]
-    flags += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-webdav=false", "-admin.ui=false", "-master.telemetry=false"]
-    log = folder / "weed.log"
-    environment = os.environ | {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET}
-    binary = Path(sys.executable).parent / "weed"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [binary, "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", *flags],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            cwd=folder,
-        )
+    """Run ``weed mini`` on ``folder``."""
+    server = Seaweed(folder)
     try:
-        server = S3Server(f"http://127.0.0.1:{ports[6]}")
-        _wait_until_it_works(server, process, log)
-        yield server
+        server.start()
+        yield server.s3
     finally:
-        process.kill()  # it takes seconds to say goodbye, and its data are temporary
-        process.wait()
+        server.kill()  # it takes seconds to say goodbye, and its data are temporary
+
+
+class Seaweed:
+    """``weed mini`` on ``folder``, which can be killed and started again there, on the same ports."""
+
+    def __init__(self, folder: Path) -> None:
+        ports = _free_ports(12)
+        names = ["master", "volume", "filer", "s3", "admin"]
+        flags = [f"-{name}.port={ports[2 * i]}" for i, name in enumerate(names)]
+        flags += [f"-{name}.port.grpc={ports[2 * i + 1]}" for i, name in enumerate(names)]
+        flags += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-webdav=false", "-admin.ui=false"]
+        flags += ["-master.telemetry=false", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
+        self.s3 = S3Server(f"http://127.0.0.1:{ports[6]}")
+        self._command = [str(Path(sys.executable).parent / "weed"), "mini", *flags]
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Returns when a bucket was made and read."""
+        log = self._folder / "weed.log"
+        environment = os.environ | {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET}
+        with log.open("ab") as output:
+            process = self._process = subprocess.Popen(
+                self._command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=self._folder
+            )
+        _wait_until_it_works(self.s3, process, log)
+
+    def kill(self) -> None:
+        """SIGKILL; returns when it is gone."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
 
 
 def _wait_until_it_works(server: S3Server, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -136,9 +136,9 @@ class SimStore(FaultyStore):
         self._faults.port()
         return super().get(path)
 
-    def list(self, prefix: str = "") -> list[tuple[str, int]]:
+    def list(self, prefix: str = "", *, after: str = "") -> list[tuple[str, int]]:
         self._faults.port()
-        return super().list(prefix)
+        return super().list(prefix, after=after)
 
     def exists(self, path: str) -> bool:
         self._faults.port()

@@ -72,6 +72,9 @@ class StoreConformance:
         assert [p for p, _ in store.list("chk-1")] == ["chk-1/a", "chk-1/b/c", "chk-12/a"]
         assert store.list("chk-1/") == [("chk-1/a", 7), ("chk-1/b/c", 9)]
         assert store.list("nothing/") == []
+        assert [p for p, _ in store.list("chk-", after="chk-1/a")] == ["chk-1/b/c", "chk-12/a"]
+        assert [p for p, _ in store.list("chk-1/", after="chk-0")] == ["chk-1/a", "chk-1/b/c"]
+        assert store.list("chk-1/", after="chk-1/b/c") == []
 
     def test_list_is_never_stale(self, store: Store, another: Store) -> None:
         """``another`` is a second client of the same place: what it does is seen at once."""

@@ -48,8 +48,8 @@ class HookedStore:
     def exists(self, path: str) -> bool:
         return self._around("exists", path, lambda: self.inner.exists(path))
 
-    def list(self, prefix: str = "") -> list[tuple[str, int]]:
-        return self._around("list", prefix, lambda: self.inner.list(prefix))
+    def list(self, prefix: str = "", *, after: str = "") -> list[tuple[str, int]]:
+        return self._around("list", prefix, lambda: self.inner.list(prefix, after=after))
 
     def delete(self, path: str) -> None:
         self._around("delete", path, lambda: self.inner.delete(path))
