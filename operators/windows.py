@@ -181,7 +181,13 @@ class WindowOperator(Operator):
             assert self._runs is not None
             if self._combiner is None:
                 self._combiner = Combiner(self._plan)
-            self._append(Run(self._combiner.combine(batch, times, starts), low, high, merged=False))
+            partials = self._combiner.combine(batch, times, starts)
+            if partials.num_rows == 0:
+                return
+            if low < high:  # rows that are not ranked may have been all of the first or last window
+                left = self._runs.starts_of(partials)
+                low, high = int(left.min()), int(left.max())
+            self._append(Run(partials, low, high, merged=False))
         except UNLOCATED as error:
             raise located(error, self.ctx) from error
 

@@ -141,6 +141,21 @@ def test_rows_without_a_value_are_not_ranked() -> None:
     assert [row["rank"] for row in _ranked(pa.array([None, 4, 9], pa.int64()), n=5)] == [1, 2]
 
 
+@pytest.mark.parametrize("spec", [Tumbling(10), Sliding(10, 5)])
+@pytest.mark.parametrize("times", [(0, 25, 40), (25, 0, 40), (0, 0, 25)])
+def test_a_window_of_which_no_row_is_ranked_closes_like_others(
+    spec: Tumbling | Sliding, times: tuple[int, ...]
+) -> None:
+    """A batch has rows of several windows, and those of the first or of the last ones have no value."""
+    data = [(1, t, None if t == 25 else t) for t in times]
+    operator, out = opened(factory(spec, Ranking(n=2, time="t", by="v")))
+    operator.process(batch(data, SCHEMA), 0)  # type: ignore[arg-type]
+    for watermark in (12, 32, 45, MAX_WATERMARK):
+        operator.on_watermark(watermark)
+    ranked = [(k, t, v) for k, t, v in data if v is not None]
+    assert found_by(out) == oracle(ranked, spec, Ranking(n=2, time="t", by="v"))
+
+
 def test_lists_decide_between_rows_that_are_else_equal() -> None:
     lists = [[3], [1, 2], None, [1]]
     there = [row["l"] for row in _ranked(pa.array([5] * 4), n=2, l=pa.array(lists, pa.list_(pa.int64())))]
