@@ -42,15 +42,16 @@ class FunctionCommitter(Committer):
                 self._files.note_done(promise.files[0].name)
                 self._noted.append(promise.files[0].name)
             self._files.remove(names)
-        self._files.remove({name + DONE for name in self._noted[:-NOTES_KEPT]})
-        self._noted = self._noted[-NOTES_KEPT:]
+        kept = max(NOTES_KEPT, len(committables))  # the newest checkpoint may name all of these again
+        self._files.remove({name + DONE for name in self._noted[:-kept]})
+        self._noted = self._noted[-kept:]
 
     def recover(self, committables: Sequence[Json], *, fresh: bool) -> None:
         self.commit(committables)
         self._files.remove_all(but=frozenset(Promise.from_json(each).files[0].name for each in committables))
 
     def _call(self, promise: Promise) -> None:
-        rows = pa.concat_tables([self._files.get(f.name, f.nbytes) for f in promise.files])
+        rows = pa.concat_tables([self._files.get(f.name, f.nbytes, f.sha256) for f in promise.files])
         mark = promise.mark
         try:
             self._fn(mark.checkpoint, mark.subtask, rows)

@@ -23,7 +23,7 @@ PRUNE_EVERY: Final = 100
 """Marks are removed when so many more checkpoints are complete."""
 
 
-def _word(text: str, most: int) -> str:
+def word(text: str, most: int) -> str:
     """Without colons, and not longer than that; two different texts never give one word."""
     plain = quote(text, safe="")
     return plain if len(plain) <= most else f"~{hashlib.sha256(text.encode()).hexdigest()[:31]}"
@@ -34,8 +34,8 @@ def prefix_of(job: str, run_id: str | None, operator: str) -> str:
 
     The run stands last, so that the leftovers of all runs of a job can be found by a prefix.
     """
-    base = f"rayflow:{_word(job, 48)}:{_word(operator, 48)}:"
-    return base if run_id is None else f"{base}{_word(run_id, 48)}:"
+    base = f"rayflow:{word(job, 48)}:{word(operator, 48)}:"
+    return base if run_id is None else f"{base}{word(run_id, 48)}:"
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,8 @@ from rayflow.errors import ConfigError, ConnectorError, DataError, RayflowError
 from rayflow.operators.sql.names import without_secrets
 
 UNDEFINED_OBJECT = "42704"
+BUSY = "55000"
+"""Of a prepared transaction that another process is ending."""
 _HOPELESS_CONNECT = re.compile(
     r"authentication failed|no password supplied|role .* does not exist|database .* does not exist|"
     r"no pg_hba.conf entry|not permitted to log in|permission denied for database|invalid URI|"

@@ -6,17 +6,18 @@ One folder for each operator. Files are written whole and never changed; their n
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import uuid
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote
 
 import pyarrow as pa
 
 from rayflow.errors import CommitLostError, ConfigError, StorageError
 from rayflow.operators.base import Staging
 from rayflow.operators.sources.paths import open_fs
+from rayflow.operators.sql.marks import word
 
 SUFFIX = ".arrow"
 DONE = ".done"
@@ -30,7 +31,8 @@ def staging_of(staging: Staging | None, operator: str, where: object) -> StagedF
             "directory; give checkpoints=rf.CheckpointConfig(url) or another guarantee"
         )
     url = staging.url.removeprefix("file://")
-    return StagedFiles(f"{url}/{quote(operator, safe='')}", staging)
+    folder = word(operator, 100)
+    return StagedFiles(f"{url}/{folder if folder.strip('.') else '%2E' * len(folder)}", staging)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +44,8 @@ class StagedFiles:
         """The file system and the folder on it."""
         return open_fs(self.url, self.staging.storage_options)
 
-    def put(self, rows: pa.Table) -> tuple[str, int]:
-        """Write the rows durably to a new file; its name and size."""
+    def put(self, rows: pa.Table) -> tuple[str, int, str]:
+        """Write the rows durably to a new file; its name, size and checksum."""
         sink = pa.BufferOutputStream()
         options = pa.ipc.IpcWriteOptions(compression="lz4")
         with pa.ipc.new_file(sink, rows.schema, options=options) as writer:
@@ -58,9 +60,9 @@ class StagedFiles:
                 _write_local(folder, name, content)
         except Exception as error:  # fsspec back ends raise whatever their client library raises
             raise StorageError(f"cannot keep rows in {self.url!r}: {type(error).__name__}: {error}") from error
-        return name, content.size
+        return name, content.size, _sha256(content)
 
-    def get(self, name: str, nbytes: int) -> pa.Table:
+    def get(self, name: str, nbytes: int, sha256: str) -> pa.Table:
         """Raises `CommitLostError` when the file is gone or not whole: its rows were promised."""
         fs, folder = self.open()
         try:
@@ -76,6 +78,11 @@ class StagedFiles:
             raise CommitLostError(
                 f"{self.url}/{name} held rows of a complete checkpoint in {nbytes} bytes, but has {len(content)}; "
                 "restore the file or go back to an earlier checkpoint"
+            )
+        if _sha256(content) != sha256:
+            raise CommitLostError(
+                f"{self.url}/{name} held rows of a complete checkpoint, but its content has changed since; restore the "
+                "file or go back to an earlier checkpoint"
             )
         with pa.ipc.open_file(pa.py_buffer(content)) as reader:
             return reader.read_all()
@@ -115,6 +122,10 @@ class StagedFiles:
 
     def is_done(self, name: str) -> bool:
         return name + DONE in self.names()
+
+
+def _sha256(content: bytes | pa.Buffer) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _write_local(folder: str, name: str, content: pa.Buffer) -> None:

@@ -17,7 +17,7 @@ from rayflow.operators.base import Committer
 from rayflow.operators.sql.marks import Mark, newest_of, prefix_of, prune_due
 from rayflow.operators.sql.names import literal
 from rayflow.operators.sql.postgres import Connection, PostgresTable
-from rayflow.operators.sql.postgres_errors import UNDEFINED_OBJECT
+from rayflow.operators.sql.postgres_errors import BUSY, UNDEFINED_OBJECT
 from rayflow.operators.sql.postgres_marks import PostgresMarks
 from rayflow.operators.sql.segments import Flush, Segment, SegmentSinkOperator
 
@@ -164,6 +164,8 @@ class TwoPhaseCommitter(Committer):
         try:
             connection.execute(f"COMMIT PREPARED {literal(mark.id)}")
         except ConfigError as error:
+            if connection.state == BUSY:
+                raise ConnectorError(f"{self.ctx}: {error}; another process ends it, it is tried again") from error
             if connection.state != UNDEFINED_OBJECT:
                 raise
             if not self._marks.known(connection, [mark]).has(mark):
@@ -182,7 +184,9 @@ class TwoPhaseCommitter(Committer):
         for (gid,) in found:
             try:
                 connection.execute(f"ROLLBACK PREPARED {literal(str(gid))}")
-            except ConfigError:
+            except ConfigError as error:
+                if connection.state == BUSY:
+                    raise ConnectorError(f"{self.ctx}: {error}; another process ends it, it is tried again") from error
                 if connection.state != UNDEFINED_OBJECT:  # somebody else was quicker
                     raise
 

@@ -8,12 +8,13 @@ repeated without harm: what has its mark is left out (rule S1). Files are remove
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 import pyarrow as pa
 
 from rayflow.core.manifest import Json
+from rayflow.errors import CommitLostError, DataError
 from rayflow.operators.base import Committer, CommitterContext
 from rayflow.operators.sql.marks import Mark, newest_of, prune_due
 from rayflow.operators.sql.segments import Flush, Segment, SegmentSinkOperator
@@ -26,6 +27,7 @@ class StagedFile:
     name: str
     nbytes: int
     rows: int
+    sha256: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +38,13 @@ class Promise:
     files: tuple[StagedFile, ...]
 
     def to_json(self) -> Json:
-        files: list[Json] = [{"name": f.name, "nbytes": f.nbytes, "rows": f.rows} for f in self.files]
+        files: list[Json] = [asdict(f) for f in self.files]
         return {**self.mark.to_json(), "files": files}
 
     @classmethod
     def from_json(cls, value: Json) -> Promise:
         mark = Mark.from_json(value)
-        return cls(mark, tuple(StagedFile(str(f["name"]), int(f["nbytes"]), int(f["rows"])) for f in value["files"]))
+        return cls(mark, tuple(StagedFile(**f) for f in value["files"]))
 
 
 class StagingOperator(SegmentSinkOperator):
@@ -72,8 +74,8 @@ class _StagedSegment(Segment):
         self._written: list[StagedFile] = []
 
     def write(self, rows: pa.Table) -> None:
-        name, nbytes = self._files.put(rows)
-        self._written.append(StagedFile(name, nbytes, rows.num_rows))
+        name, nbytes, sha256 = self._files.put(rows)
+        self._written.append(StagedFile(name, nbytes, rows.num_rows, sha256))
 
     def seal(self, mark: Mark) -> Json | None:
         return Promise(mark, tuple(self._written)).to_json()
@@ -121,24 +123,29 @@ class WriteAheadCommitter(Committer):
         due = [p for p in promises if not known.has(p.mark)]
         if not due:
             return
-        ordered = sorted(due, key=lambda p: (p.mark.checkpoint, p.mark.subtask))
-        files = [file for promise in ordered for file in promise.files]
-        rows = self._files.get(files[0].name, files[0].nbytes)
-        session.ensure(rows.schema)
-        session.begin()
         try:
-            session.write(rows)
-            for file in files[1:]:
-                session.write(self._files.get(file.name, file.nbytes))
-            session.record([p.mark for p in ordered])
-            session.commit()
-        except BaseException:
+            self._write(session, sorted(due, key=lambda p: (p.mark.checkpoint, p.mark.subtask)))
+        except BaseException as error:
             session.rollback()
+            if isinstance(error, CommitLostError | DataError) and all(map(session.known(marks).has, marks)):
+                return  # one who did not know that it was replaced has made this very commit, and removed the files
             raise
         newest = newest_of(marks)
         if prune_due(self._newest, newest):
             session.prune(self.ctx.job, self.ctx.run_id, self.ctx.operator, newest)
         self._newest = newest
+
+    def _write(self, session: TargetSession, promises: Sequence[Promise]) -> None:
+        """In one transaction."""
+        files = [file for promise in promises for file in promise.files]
+        rows = self._files.get(files[0].name, files[0].nbytes, files[0].sha256)
+        session.ensure(rows.schema)
+        session.begin()
+        session.write(rows)
+        for file in files[1:]:
+            session.write(self._files.get(file.name, file.nbytes, file.sha256))
+        session.record([p.mark for p in promises])
+        session.commit()
 
 
 __all__ = ["Promise", "StagedFile", "StagingOperator", "WriteAheadCommitter"]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from rayflow.core.ids import CheckpointId
 from rayflow.errors import CommitLostError, ConfigError, ConnectorError, RayflowError
 from rayflow.operators.sql.marks import KEPT_CHECKPOINTS, Mark
+from rayflow.operators.sql.postgres import Connection
 from rayflow.operators.sql.postgres_marks import PostgresMarks
 from rayflow.operators.sql.sinks import PostgresSink
 from tests.operators.sinks.contract import batch
@@ -90,6 +92,30 @@ def test_a_transaction_that_somebody_rolled_back_is_lost_and_named(rig: Rig) -> 
         opened(rig.sink).recover(found, fresh=False)
     assert rig.visible() == []
     operator.close()
+
+
+@pytest.mark.parametrize("what", ["COMMIT", "ROLLBACK"])
+def test_a_transaction_that_another_process_is_ending_is_tried_again(
+    rig: Rig, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A subtask was killed while the server did what it had asked for: no reason to end the job."""
+    operator = started(rig.sink)
+    found = interval(operator, 4, 1, 2)
+    operator.close()
+    execute = Connection.execute
+
+    def busy(self: Connection, statement: str, parameters: tuple[object, ...] = ()) -> list[tuple[Any, ...]]:
+        if statement.startswith(f"{what} PREPARED"):
+            self.state = "55000"
+            raise ConfigError("the prepared transaction is busy")
+        return execute(self, statement, parameters)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Connection, "execute", busy)
+        with pytest.raises(ConnectorError, match="busy"):
+            opened(rig.sink).recover(found if what == "COMMIT" else [], fresh=False)
+    opened(rig.sink).recover(found, fresh=False)
+    assert rig.visible() == [1, 2]
 
 
 @pytest.mark.parametrize("fresh", [False, True])

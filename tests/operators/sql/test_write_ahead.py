@@ -195,6 +195,39 @@ def test_a_torn_file_is_named(rig: Rig) -> None:
         rig.committer().commit(found)
 
 
+def test_a_flipped_byte_of_a_row_is_named(rig: Rig) -> None:
+    """Arrow itself would read it as another value."""
+    operator = started(rig.sink(), staging=rig.staging)
+    operator.process(pa.record_batch({"x": [1], "s": ["a text that lz4 keeps as it is"]}), 0)
+    found = prepared(operator, 1)
+    (path,) = rig.staged()
+    content = path.read_bytes()
+    assert content.count(b"keeps") == 1
+    path.write_bytes(content.replace(b"keeps", b"kfeps"))
+    with pytest.raises(CommitLostError, match="its content has changed since"):
+        rig.committer().commit(found)
+
+
+@pytest.mark.parametrize("step", ["known", "begin"])
+def test_a_commit_that_another_makes_at_the_same_moment_is_done(
+    rig: Rig, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A coordinator that does not know that it was replaced commits between our look and our transaction."""
+    found = interval(started(rig.sink(), staging=rig.staging), 1, 1)
+    session, other = rig.session, rig.committer()
+    original = getattr(session, step)
+
+    def overtaken(self: TargetSession, *arguments: object) -> object:
+        monkeypatch.setattr(session, step, original)
+        answer = original(self, *arguments) if step == "known" else None
+        other.commit(found)  # and removes the files
+        return answer if step == "known" else original(self, *arguments)
+
+    monkeypatch.setattr(session, step, overtaken)
+    rig.committer().commit(found)
+    assert rig.visible() == [1]
+
+
 def test_with_a_key_the_last_row_counts(rig: Rig) -> None:
     operator = started(rig.sink("x"), staging=rig.staging)
     rows = pa.record_batch({"x": [1, 2, 1, 3], "s": ["a", "b", "c", "d"]})
