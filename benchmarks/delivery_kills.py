@@ -26,39 +26,29 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import duckdb
-import numpy as np
-import pyarrow as pa
 from rich.console import Console
 
 import rayflow as rf
 from benchmarks.__main__ import ModuleRun, table_of
-from benchmarks.delivery_targets import KINDS, Servers, Target, target
+from benchmarks.delivery_rows import PARTITIONS, SCHEMA, Orders
+from benchmarks.delivery_targets import KINDS, PostgresTarget, Servers, Target, target
 from benchmarks.figures import Figure, emit
 from benchmarks.kill_runs import cluster, living
+from rayflow.cluster.job import Job
 from rayflow.core import timeline
 from rayflow.core.timeline import TimelineEntry
 
 if TYPE_CHECKING:
-    from tests.kafka_server import KafkaServer, Message
+    from tests.kafka_server import KafkaServer
 
 PARALLELISM = 2
-PARTITIONS = 4
 INTERVAL = "300ms"
-ROWS = 1_200
-"""Of a round, a multiple of twice the partitions: both halves of it give each partition as many."""
-KEYS = 11
-ROUND_S = 10
-"""Event time that passes in a round: so many windows of each key."""
-DELAY_US = 500_000
-BEGIN_US = 1_767_225_600_000_000
-"""2026-01-01."""
-SCHEMA = pa.schema([("at", pa.timestamp("us")), ("who", pa.string()), ("amount", pa.int64())])
 PATIENCE_S = 120.0
 AWAY_S = 3.0
 """How long servers are away at least."""
@@ -81,10 +71,11 @@ class Run:
     kills: list[str] = field(default_factory=list)
     coordinator_kills: int = 0
     outages: int = 0
+    missed: int = 0
+    """Outages in which a checkpoint or the attempt failed or waited; in the others the job had nothing to do there."""
     rounds: int = 0
     recovered_s: list[float] = field(default_factory=list)
     rows: int = 0
-    checkpoint: int = 0
     exact: dict[str, bool] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -92,51 +83,6 @@ class Run:
     @property
     def ok(self) -> bool:
         return not self.problems and bool(self.exact) and all(self.exact.values())
-
-
-class Orders:
-    """The rows of each round, the same for a seed, and what is to be delivered of them."""
-
-    def __init__(self, seed: int, rounds: int) -> None:
-        self.rounds = rounds
-        rng = np.random.default_rng(seed)
-        count = rounds * ROWS
-        # In order but for the delay, and whole seconds apart often enough that rows fall on the edges of windows.
-        even = np.arange(count, dtype=np.int64) * (ROUND_S * 1_000_000 // ROWS)
-        late = rng.integers(0, DELAY_US, count) * rng.integers(0, 2, count)
-        at = BEGIN_US + np.maximum(even - late, 0)
-        who = np.char.add("w", rng.integers(0, KEYS, count).astype(str))
-        self.table = pa.table(
-            [
-                pa.array(at).view(pa.timestamp("us")),
-                pa.array(who, pa.string()),
-                pa.array(rng.integers(1, 1_000, count)),
-            ],
-            schema=SCHEMA,
-        )
-
-    def messages(self, half: int) -> list[Message]:
-        """Of the so manieth half round, dealt out to the partitions."""
-        from tests.kafka_server import records
-
-        rows = self.table.slice(half * ROWS // 2, ROWS // 2).to_pylist()
-        return records([row | {"at": row["at"].isoformat()} for row in rows], partitions=PARTITIONS)
-
-    def expected(self) -> pa.Table:
-        rows = self.table  # noqa: F841 (duckdb finds it)
-        return duckdb.sql(
-            """select who, time_bucket(interval 1 second, "at") as start, count(*) as n, sum(amount)::bigint as total
-               from rows group by all"""
-        ).to_arrow_table()
-
-    def difference(self, delivered: pa.Table) -> str:
-        """Empty when exactly what is expected was delivered."""
-        expected = self.expected()  # noqa: F841
-        more, fewer = duckdb.sql(
-            """select (select count(*) from (from delivered except all from expected)),
-                      (select count(*) from (from expected except all from delivered))"""
-        ).fetchall()[0]
-        return f"{more} rows too many, {fewer} missing" if more or fewer else ""
 
 
 def flow(name: str, kafka: KafkaServer, topic: str, rows: int, targets: Sequence[Target]) -> rf.Flow:
@@ -173,9 +119,10 @@ class Delivery:
         self._until(lambda: self.job.status().state == "running", "it runs")
         self._produce(2 * number)
         self.job.checkpoint(PATIENCE_S)
-        self._produce(2 * number + 1)
         if outage:
-            self._outage()
+            self._outage(2 * number + 1)
+        else:
+            self._produce(2 * number + 1)
         moment = self._moment()
         began = time.monotonic()
         killed = self._kill(who, number // len(Who))
@@ -190,8 +137,7 @@ class Delivery:
         """The rows behind the last round, and the judgement."""
         self._produce(2 * self.run.rounds)
         self._produce(2 * self.run.rounds + 1)
-        result = self.job.wait(PATIENCE_S)
-        self.run.checkpoint = result.checkpoint or 0
+        self.job.wait(PATIENCE_S)
         for each in self._targets:
             delivered = each.rows()
             self.run.rows += delivered.num_rows
@@ -200,8 +146,11 @@ class Delivery:
             self.run.problems += [f"{each.kind}: {wrong}"] if wrong else []
             self.run.problems += [f"{each.kind}: {left}" for left in each.leftovers()]
 
-    def _produce(self, half: int) -> None:
-        self._kafka.produce(self._topic, self._orders.messages(half))
+    def _produce(self, half: int, share: float = 1.0, begin: float = 0.0) -> None:
+        """So much of the half round, from there on."""
+        messages = self._orders.messages(half)
+        first, count = round(begin * len(messages)), round(share * len(messages))
+        self._kafka.produce(self._topic, messages[first : first + count])
 
     def _moment(self) -> str:
         """Waits for the moment of the next kill."""
@@ -211,8 +160,7 @@ class Delivery:
             self._until(lambda: (self.job.status().last_checkpoint or 0) > before, "a checkpoint completes")
         else:
             moment = "while a checkpoint is under way"
-            seen = self._newest(timeline.CHECKPOINT_TRIGGERED)
-            self._until(lambda: self._newest(timeline.CHECKPOINT_TRIGGERED) != seen, "a checkpoint is triggered")
+            self._next_trigger()
         for _ in range(self._rng.randint(0, MOST_LOOKS)):
             self.job.status()
         return moment
@@ -235,21 +183,32 @@ class Delivery:
         self._runs_after(attempt)
         return " and ".join(killed)
 
-    def _outage(self) -> None:
-        """All servers, one after another: each is away for some time, in which the job has had to do with it."""
-        self.run.outages += 1
-        away = {"kafka": self._kafka.away} | {each.kind: each.away for each in self._targets if each.kind != "kafka"}
-        for name, leave in away.items():
-            with leave():
-                back = time.monotonic() + AWAY_S
-                self._until(lambda back=back: time.monotonic() > back and self._struggles(), f"it misses {name}")  # type: ignore[misc]
-            self.job.checkpoint(PATIENCE_S)
+    def _outage(self, half: int) -> None:
+        """The broker goes away when rows have come and a checkpoint is under way; the database before rows come."""
+        self._produce(half, 0.5)
+        self._next_trigger()
+        self._absent(self._kafka.away)
+        databases = [each for each in self._targets if isinstance(each, PostgresTarget)]
+        if databases:
+            self._absent(databases[0].away, meanwhile=lambda: self._produce(half, 0.5, 0.5))
+        else:
+            self._produce(half, 0.5, 0.5)
 
-    def _struggles(self) -> bool:
-        """A checkpoint does not get on, or the attempt has failed."""
-        about = (timeline.CHECKPOINT_TRIGGERED, timeline.CHECKPOINT_COMPLETED)
-        newest = [entry.what for entry in self.job.timeline() if entry.what in about]
-        return self.job.status().state != "running" or newest[-1:] == [timeline.CHECKPOINT_TRIGGERED]
+    def _absent(
+        self, away: Callable[[], AbstractContextManager[None]], meanwhile: Callable[[], None] = lambda: None
+    ) -> None:
+        """For some seconds, and until the job has missed it; it need not, when everything was there already."""
+        self.run.outages += 1
+        watch = _Watch(self.job)
+        with away():
+            meanwhile()
+            began = time.monotonic()
+            while (passed := time.monotonic() - began) < 2 * AWAY_S:
+                if watch.missed() and passed > AWAY_S:
+                    self.run.missed += 1
+                    break
+                time.sleep(0.01)
+        self.job.checkpoint(PATIENCE_S)
 
     def _runs_after(self, attempt: int) -> None:
         def again() -> bool:
@@ -258,8 +217,13 @@ class Delivery:
 
         self._until(again, "it runs again")
 
-    def _newest(self, what: str) -> TimelineEntry | None:
-        return next((entry for entry in reversed(self.job.timeline()) if entry.what == what), None)
+    def _next_trigger(self) -> None:
+        def newest() -> TimelineEntry | None:
+            story = reversed(self.job.timeline())
+            return next((entry for entry in story if entry.what == timeline.CHECKPOINT_TRIGGERED), None)
+
+        seen = newest()
+        self._until(lambda: newest() != seen, "a checkpoint is triggered")
 
     def _until(self, condition: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + PATIENCE_S
@@ -270,6 +234,25 @@ class Delivery:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"waited {PATIENCE_S:g} s for {self.job}: {what}; it is {status}")
             time.sleep(0.002)
+
+
+class _Watch:
+    """Sees that a checkpoint or the attempt has failed since, or that a checkpoint has not got on for a second."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._failed = self._newest(timeline.CHECKPOINT_ABORTED, timeline.DETECTED)
+        self._pending: TimelineEntry | None = None
+        self._since = time.monotonic()
+
+    def missed(self) -> bool:
+        newest, now = self._newest(timeline.CHECKPOINT_TRIGGERED, timeline.CHECKPOINT_COMPLETED), time.monotonic()
+        if newest != self._pending or newest is None or newest.what != timeline.CHECKPOINT_TRIGGERED:
+            self._pending, self._since = newest, now
+        return now - self._since > 1.0 or self._newest(timeline.CHECKPOINT_ABORTED, timeline.DETECTED) != self._failed
+
+    def _newest(self, *what: str) -> TimelineEntry | None:
+        return next((entry for entry in reversed(self._job.timeline()) if entry.what in what), None)
 
 
 def deliver(
@@ -314,7 +297,7 @@ def told(run: Run) -> str:
     verdict = "exact" if run.ok else f"FAILED ({'; '.join(run.problems[:5])})"
     return (
         f"{', '.join(run.sinks)}: {run.rounds} rounds in {run.seconds:.0f} s, {len(run.kills)} kills, "
-        f"{run.coordinator_kills} with the coordinator, {run.outages} outages, {run.checkpoint} checkpoints, "
+        f"{run.coordinator_kills} with the coordinator, {run.missed} of {run.outages} outages noticed, "
         f"{run.rows:,} rows: {verdict}"
     )
 
@@ -326,7 +309,7 @@ def figures(run: Run, rounds: int) -> list[Figure]:
         emit(f"{title}: rounds with a kill", run.rounds, "rounds", rounds, run.rounds == rounds),
         emit(f"{title}: read back", "exact" if run.ok else "; ".join(run.problems), "", "exact", run.ok),
         emit(f"{title}: kill until it runs again, longest", worst, "s"),
-        emit(f"{title}: outages of servers", run.outages, "outages"),
+        emit(f"{title}: outages of servers, noticed by the job", run.missed, "outages"),
     ]
 
 

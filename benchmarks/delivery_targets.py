@@ -9,7 +9,6 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -35,16 +34,13 @@ class Target(Protocol):
     def kind(self) -> str: ...
 
     def sink(self, rows: Stream) -> Any:
-        """A `rayflow.graph` end of ``rows``, for a flow."""
+        """The end of ``rows``, for a flow."""
 
     def rows(self) -> pa.Table:
         """All that readers see now; of schema `ROW`."""
 
     def leftovers(self) -> list[str]:
         """What is still prepared or open."""
-
-    def away(self) -> AbstractContextManager[None]:
-        """The server that it is on answers nobody meanwhile; nothing happens where there is none."""
 
 
 @dataclass(slots=True)
@@ -120,9 +116,6 @@ class KafkaTarget:
         stable, all_ = ends(IsolationLevel.READ_COMMITTED), ends(IsolationLevel.READ_UNCOMMITTED)
         return [f"{self.topic}[{p}] is open from {stable[p]} to {all_[p]}" for p in stable if stable[p] != all_[p]]
 
-    def away(self) -> AbstractContextManager[None]:
-        return self.server.away()
-
 
 @dataclass(frozen=True, slots=True)
 class PostgresTarget:
@@ -153,6 +146,7 @@ class PostgresTarget:
 
     @contextlib.contextmanager
     def away(self) -> Iterator[None]:
+        """The server is stopped meanwhile."""
         self.server.stop()
         try:
             yield
@@ -179,9 +173,6 @@ class DeltaTarget:
         """None: files of attempts that failed are for VACUUM, as docs/delta.md says."""
         return []
 
-    def away(self) -> AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
 
 @dataclass(frozen=True, slots=True)
 class ParquetTarget:
@@ -198,6 +189,3 @@ class ParquetTarget:
 
     def leftovers(self) -> list[str]:
         return [str(path) for path in sorted(self.folder.iterdir()) if not path.name.endswith(".parquet")]
-
-    def away(self) -> AbstractContextManager[None]:
-        return contextlib.nullcontext()

@@ -9,19 +9,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from benchmarks.delivery_kills import Orders, Run, deliveries, told
+from benchmarks.delivery_kills import Run, deliveries, told
+from benchmarks.delivery_rows import Orders
 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("cluster")
 def test_readers_of_three_systems_see_every_window_once(tmp_path: Path) -> None:
     """A subtask dies, then the coordinator, then both; before that the broker and the database are away."""
-    (run,) = deliveries(
-        ["kafka", "postgres", "postgres-wal", "delta"], tmp_path, rounds=3, seed=7, outage=3, together=True
-    )
+    sinks = ["kafka", "postgres", "delta"]
+    (run,) = deliveries(sinks, tmp_path, rounds=3, seed=7, outage=3, together=True)
     assert run.ok, told(run)
-    assert (run.rounds, run.coordinator_kills, run.outages) == (3, 2, 1)
-    assert run.exact == {"kafka": True, "postgres": True, "postgres-wal": True, "delta": True}
+    assert (run.rounds, run.coordinator_kills, run.outages) == (3, 2, 2)
+    assert run.missed >= 1, "rows came while the database was away"
+    assert run.exact == dict.fromkeys(sinks, True)
 
 
 @pytest.fixture(scope="module")
