@@ -12,6 +12,8 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 PROVES = {
+    "custom_sink.py": "5000 rows are in files of many checkpoints, each exactly once, through a failure",
+    "custom_source.py": "totals of 3 cities, through a failure, are those of SQLite itself",
     "generator.py": "every row of both splits came out exactly once",
     "hello.py": "3 rows, as counted by hand",
     "kafka_to_parquet.py": "20000 orders were each counted exactly once, in 136 rows of Parquet",
