@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Final
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from rayflow.core.ids import MIN_WATERMARK, CheckpointId
@@ -38,6 +37,7 @@ from rayflow.operators.event_time import EventTimeReader, OnNullTime, event_time
 from rayflow.operators.grouping import Int64Array, flat
 from rayflow.operators.keyed.keyed_operator import KeyedOperator
 from rayflow.operators.preaggregate import WINDOW_START, Preaggregation, check_names
+from rayflow.operators.state.columns import BoolArray
 from rayflow.operators.state.distinct import distinct, index_in
 from rayflow.operators.state.table import StateTable
 from rayflow.operators.state.timers import TimerQueue
@@ -160,7 +160,8 @@ class SessionOperator(KeyedOperator):
         self._table = self.state.table(STATE, pa.schema(whole[:at]), pa.schema(whole[at:]), subkeys=1)
         self._open = OpenSessions(self._table)
         self._queue = TimerQueue(pa.schema(whole[:at]))
-        """End of every session that was ever open: those that have gone since are passed over."""
+        """When to look at a session: its end, or one that it has grown beyond since; then it is put in again. Those
+        that have gone are passed over."""
         self._told = TimerQueue(pa.schema(whole[:at]))
         """With updates: the same of every session that has been told."""
         self._starts = SessionStarts(self._table, self._gap)
@@ -170,7 +171,7 @@ class SessionOperator(KeyedOperator):
             told = (ends > self._forgotten) & (ends <= self._progress.kept)
             gone.append(batch.filter(pa.array(told)))
             there = batch.filter(pa.array(~told))
-            self._enqueue(there, np.ones(there.num_rows, np.bool_))
+            self._enqueue(there, np.ones(len(there), np.bool_), np.zeros(len(there), np.bool_))
         for batch in gone:
             self._table.delete(self._table.slots(batch.columns[:at], insert=False))
 
@@ -178,16 +179,16 @@ class SessionOperator(KeyedOperator):
         last: Int64Array = event_times_us(sessions.column(f"{LAST}.value")).to_numpy()
         return last + self._gap
 
-    def _enqueue(self, sessions: pa.RecordBatch, new: npt.NDArray[np.bool_]) -> None:
+    def _enqueue(self, sessions: pa.RecordBatch, new: BoolArray, waiting: BoolArray) -> None:
+        """``new``: not in the table before; ``waiting``: in the queue already."""
         at = len(self.keys) + 1
         keys = sessions.select(range(at))
         ends = self._ends(sessions)
         if self._updates:
             told = ends <= self._progress.fired
             self._told.add(ends[told], keys.filter(pa.array(told)))
-            self._queue.add(ends[~told], keys.filter(pa.array(~told)))
-        else:
-            self._queue.add(ends, keys)
+            waiting = waiting | told
+        self._queue.add(ends[~waiting], keys.filter(pa.array(~waiting)))
         begun = keys.filter(pa.array(new))
         self._starts.added(_us(begun.column(at - 1)), begun)
         self._open.added(begun.columns[: at - 1], _us(begun.column(at - 1)))
@@ -218,9 +219,9 @@ class SessionOperator(KeyedOperator):
             results += [(part, MAIN) for part in self._results(ended)]
         return results
 
-    def _late(self, batch: pa.RecordBatch, times: Int64Array) -> npt.NDArray[np.bool_]:
+    def _late(self, batch: pa.RecordBatch, times: Int64Array) -> BoolArray:
         """Rows behind the watermark that lie in no open session of their key."""
-        late: npt.NDArray[np.bool_] = times < self._progress.kept
+        late: BoolArray = times < self._progress.kept
         rows = np.flatnonzero(late)
         keys = [key.take(pa.array(rows)) for key in self.key_columns(batch)]
         first, _ = distinct(keys)
@@ -271,11 +272,14 @@ class SessionOperator(KeyedOperator):
             return
         batch = pa.RecordBatch.from_arrays([flat(column) for column in sessions.columns], schema=sessions.schema)
         keys = batch.columns[: len(self.keys) + 1]
-        begun = self._table.slots(keys, insert=False) < 0
+        before = self._table.slots(keys, insert=False)
+        begun = before < 0
+        ended = event_times_us(self._table.get(before, f"{LAST}.value")).fill_null(0).to_numpy() + self._gap
+        waiting = ~begun & (ended > self._progress.fired)
         slots = self._table.slots(keys, insert=True)
         for name in self._table.values.names:
             self._table.set(slots, name, batch.column(name))
-        self._enqueue(batch, begun)
+        self._enqueue(batch, begun, waiting)
 
     def _remove(self, sessions: pa.RecordBatch) -> None:
         if sessions.num_rows:
@@ -321,12 +325,14 @@ class SessionOperator(KeyedOperator):
         taken = queue.take(until)
         if taken is None:
             return None
-        ends, keys = taken
+        keys = taken[1]
         slots = self._table.slots(keys.columns, insert=False)
-        there = np.flatnonzero(slots >= 0)
-        slots, ends = slots[there], ends[there]
-        last = event_times_us(self._table.get(slots, f"{LAST}.value")).to_numpy()
-        due = np.unique(slots[last + self._gap == ends])
+        _, rows = np.unique(slots, return_index=True)
+        rows = rows[slots[rows] >= 0]
+        ends = event_times_us(self._table.get(slots[rows], f"{LAST}.value")).to_numpy() + self._gap
+        later = ends > until
+        queue.add(ends[later], keys.take(pa.array(rows[later])))
+        due = slots[rows[~later]]
         return self._table.gather(due) if len(due) else None
 
     def _results(self, sessions: pa.Table, *, retracted: bool = False) -> list[pa.RecordBatch]:

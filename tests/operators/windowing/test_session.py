@@ -93,6 +93,21 @@ def test_late_rows_never_touch_a_session_that_has_fired(gap: int, sent: list[lis
         assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans)), "W3"
 
 
+@pytest.mark.parametrize("emit", ["final", "update"])
+def test_a_session_that_grows_for_long_is_kept_in_mind_once(emit: Emit) -> None:
+    """Memory is that of open sessions, not of the rows of so much time as a gap has."""
+    operator, out = opened(factory(100, emit=emit))
+    assert isinstance(operator, SessionOperator)
+    data = [(key, time, 1) for time in range(300) for key in (1, 2)]
+    for at in range(0, len(data), 2):
+        operator.process(batch(data[at : at + 2]), 0)
+        operator.on_watermark(data[at][1])
+        queue = operator._queue
+        assert sum(run.rows for run in queue._runs) + sum(len(times) for times, _ in queue._added) <= 2
+    operator.on_watermark(MAX_WATERMARK)
+    assert [row[:-1] if emit == "update" else row for row in results(out)] == oracle(data, 100)
+
+
 def last_of_each(emitted: list[dict[str, object]]) -> list[tuple[Any, ...]]:
     """What a table that is written by key and start holds in the end. Of a session that is not told nothing may be
     retracted."""
