@@ -58,7 +58,7 @@ class CheckpointConfig:
     """Complete checkpoints kept."""
     strict: bool = False
     """Refuse a flow with a source or sink that cannot give what ``mode`` asks for, instead of warning of it."""
-    storage_options: dict[str, Any] = field(default_factory=dict)
+    storage_options: dict[str, Any] = field(default_factory=dict, repr=False)
     """Passed to fsspec (``key``, ``secret``, ``endpoint_url`` …)."""
 
     def __post_init__(self) -> None:

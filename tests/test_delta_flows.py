@@ -227,12 +227,26 @@ def test_the_commit_of_one_who_does_not_know_that_it_was_replaced_is_refused_by_
     assert job.table().version() == version + 1
 
 
-def _prepared(job: Job, committer: DeltaCommitter) -> list[Any]:
+def test_a_run_that_begins_with_a_savepoint_finds_what_the_first_has_committed(job: Job) -> None:
+    """Merged meanwhile, so that naming the same files again would bring their rows back."""
+    first = job.sink().committer()
+    first.open(CommitterContext("job", context().run_id, "op", "step", 1))
+    named = _prepared(job, first, 7) + _prepared(job, first, 8)
+    first.commit(named)
+    job.table().optimize.compact()
+    assert job.values() == [0, 0]
+    second = job.sink().committer()
+    second.open(CommitterContext("job", "another", "op", "step", 1))
+    second.recover(named, fresh=False)
+    assert job.values() == [0, 0]
+
+
+def _prepared(job: Job, committer: DeltaCommitter, checkpoint: int = 7) -> list[Any]:
     """The committable of a file with one row that no checkpoint of a job has named."""
     operator = DeltaOperator(committer._table, "snappy", Rolling(), ())
     operator.open(context(), None)  # type: ignore[arg-type]
     operator.process(DATA.slice(0, 1).to_batches()[0], 0)
-    frozen = operator.snapshot(7)  # type: ignore[arg-type]
+    frozen = operator.snapshot(checkpoint)  # type: ignore[arg-type]
     assert frozen is not None
     assert frozen.prepare is not None
     made = list(frozen.prepare())

@@ -37,7 +37,7 @@ class Staging:
     """A folder beside the checkpoints of the job in which sinks may keep rows until they are committed."""
 
     url: str
-    storage_options: Mapping[str, object] = field(default_factory=dict)
+    storage_options: Mapping[str, object] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

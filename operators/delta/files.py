@@ -106,7 +106,7 @@ class DeltaOperator(FileSinkOperator):
             check_columns(found, columns, self._partition_by, where=str(self.ctx), url=self._table.url)
 
     def committable(self, checkpoint: CheckpointId, payload: Json) -> Json:
-        return {**payload, "checkpoint": checkpoint}
+        return {**payload, "run": self.ctx.run_id, "checkpoint": checkpoint}
 
 
 class _Telling(Target):

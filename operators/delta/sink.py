@@ -47,7 +47,7 @@ class DeltaSink:
     mode: Mode = "append"
     compression: str = "snappy"
     max_file_bytes: int = 512 * 1024 * 1024
-    storage_options: Mapping[str, Any] = field(default_factory=dict)
+    storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     guarantee: ClassVar[Guarantee] = "exactly_once"
     stateful: ClassVar[bool] = False
@@ -107,9 +107,9 @@ class DeltaCommitter(Committer):
         self._partition_by = partition_by
         self._refuse_existing = refuse_existing
 
-    @property
-    def application(self) -> str:
-        return f"rayflow-{self.ctx.run_id}-{self.ctx.operator}"
+    def _application(self, committable: Json) -> str:
+        """Of the run that prepared it: one that begins with a savepoint finds what the first has committed since."""
+        return f"rayflow-{committable['run']}-{self.ctx.operator}"
 
     def commit(self, committables: Sequence[Json]) -> None:
         if not committables:
@@ -124,9 +124,9 @@ class DeltaCommitter(Committer):
     def _commit(self, table: Any, committables: Sequence[Json]) -> bool:
         """False when the table is not any more what it was when it was opened."""
         # A manifest holds all that was prepared up to its checkpoint and not committed before, so the log's version of
-        # this application says of every file whether it is in the table.
-        known = table.transaction_version(self.application)
-        due = [c for c in committables if known is None or c["checkpoint"] > known]
+        # the run that prepared a file says whether it is in the table.
+        known = {name: table.transaction_version(name) for name in set(map(self._application, committables))}
+        due = [c for c in committables if c["checkpoint"] > (known[self._application(c)] or 0)]
         if not due:
             return True
         self._check(table, due)
@@ -143,10 +143,10 @@ class DeltaCommitter(Committer):
             )
             for c in due
         ]
-        newest = max(c["checkpoint"] for c in due)
+        newest = {self._application(c): int(c["checkpoint"]) for c in sorted(due, key=lambda c: int(c["checkpoint"]))}
         properties = library.CommitProperties(
-            app_transactions=[library.Transaction(self.application, newest)],
-            custom_metadata={"rayflow.job": self.ctx.job, "rayflow.checkpoint": str(newest)},
+            app_transactions=[library.Transaction(name, checkpoint) for name, checkpoint in newest.items()],
+            custom_metadata={"rayflow.job": self.ctx.job, "rayflow.checkpoint": str(max(newest.values()))},
         )
         try:
             table.create_write_transaction(

@@ -40,7 +40,7 @@ class DeltaTable:
     """``options`` as for fsspec; keys in capitals go to deltalake as they are."""
 
     url: str
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def open(self) -> Any:
         """The newest version, None when there is no table. Raises `ConnectorError`."""

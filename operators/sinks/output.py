@@ -34,7 +34,7 @@ class FileSink:
 
     path: str | Path
     _: KW_ONLY
-    storage_options: Mapping[str, Any] = field(default_factory=dict)
+    storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
     compression: str = "none"
     max_file_rows: int | None = None
     max_file_bytes: int = 512 * 1024 * 1024

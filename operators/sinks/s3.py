@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -33,7 +33,7 @@ class Bucket:
     """A bucket and a prefix in it, through the S3 client of s3fs (which retries what can be retried)."""
 
     url: str
-    options: Mapping[str, Any]
+    options: Mapping[str, Any] = field(repr=False)
 
     @property
     def name(self) -> str:

@@ -46,7 +46,7 @@ class ParquetSource(Source):
     columns: Sequence[str] | None = None
     batch_rows: int | None = None
     """Rows of a batch; None: up to `BATCH_ROWS_MAX`, fewer where rows are wide."""
-    storage_options: Mapping[str, Any] = field(default_factory=dict)
+    storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
     file_schema: pa.Schema | None = None
     """Of the files, where it is known without looking; names, types and order count."""
     watch_s: float | None = None
