@@ -18,6 +18,7 @@ from rayflow.errors import PlanError
 from rayflow.expressions import Expr, as_expr
 from rayflow.files import WritesFiles
 from rayflow.graph import FORWARD, MAIN_TAG, Exchange, Input, Node, caller_location
+from rayflow.iceberg import WritesIceberg
 from rayflow.kafka_sink import WritesKafka
 from rayflow.operators.base import EventTime, SinkFactory
 from rayflow.operators.event_time import TimeFunction
@@ -53,7 +54,7 @@ class StreamEnd:
     node: Node
 
 
-class Stream(WritesFiles, WritesTables, WritesKafka, WritesDelta):
+class Stream(WritesFiles, WritesTables, WritesKafka, WritesDelta, WritesIceberg):
     """Rows on their way. Every method returns a new stream and leaves this one as it was."""
 
     def __init__(

@@ -22,6 +22,7 @@ import rayflow as rf
 from rayflow.cli.main import main
 from rayflow.delta import WritesDelta
 from rayflow.files import WritesFiles
+from rayflow.iceberg import WritesIceberg
 from rayflow.keyed import DeduplicatedStream
 from rayflow.keyed_process import ConnectedStream, ProcessResult
 from rayflow.ordered import SortedStream
@@ -66,6 +67,7 @@ METHODS = {
         "union", "with_columns", "with_event_time", "write",
     },
     WritesDelta: {"write_delta"},
+    WritesIceberg: {"write_iceberg"},
     WritesFiles: {"write_csv", "write_json", "write_parquet"},
     WritesTables: {"for_each_batch", "write_duckdb", "write_postgres", "write_sqlite"},
     rf.KeyedStream: {

@@ -26,6 +26,8 @@ _CODES_MAX = 2**31
 @dataclass(frozen=True, slots=True)
 class HiveFolders:
     columns: tuple[str, ...]
+    keep_columns: bool = False
+    """Also in the files, for readers that take nothing from the names of folders."""
 
     def __post_init__(self) -> None:
         if not all(isinstance(name, str) and name for name in self.columns) or not self.columns:
@@ -48,13 +50,16 @@ class HiveFolders:
                     f"{function}(partition_by) names {name!r} of type {schema.field(name).type}; expected integers, "
                     f"texts, dates or booleans: make such a column of it first"
                 )
-        if len(schema.names) == len(self.columns):
+        if len(schema.names) == len(self.columns) and not self.keep_columns:
             raise PlanError(f"{function}(partition_by) names all columns, so that nothing is left for the files")
 
     def split(self, batch: pa.RecordBatch) -> Iterator[tuple[str, pa.RecordBatch]]:
-        """(folder, its rows in their order, without the columns). Raises `DataError` for a value without a name."""
+        """(folder, its rows in their order, without the columns if they are not kept).
+
+        Raises `DataError` for a value without a name.
+        """
         codes, values = self._codes(batch)
-        rest = batch.drop_columns(list(self.columns))
+        rest = batch if self.keep_columns else batch.drop_columns(list(self.columns))
         order = np.argsort(codes, kind="stable")
         edges = np.flatnonzero(np.diff(codes[order])) + 1
         if not len(edges):
