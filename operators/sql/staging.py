@@ -68,6 +68,7 @@ class StagedFiles:
         try:
             content = fs.cat_file(f"{folder}/{name}")
         except FileNotFoundError as error:
+            self._check_bucket(error)
             raise CommitLostError(
                 f"{self.url}/{name} held rows of a complete checkpoint, but is gone, and they are not in the target; "
                 "restore the file or go back to an earlier checkpoint"
@@ -91,10 +92,19 @@ class StagedFiles:
         fs, folder = self.open()
         try:
             return {str(path).rsplit("/", 1)[-1] for path in fs.find(folder)}
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            self._check_bucket(error)
             return set()
         except Exception as error:
             raise StorageError(f"cannot list {self.url!r}: {type(error).__name__}: {error}") from error
+
+    def _check_bucket(self, error: FileNotFoundError) -> None:
+        """A bucket that is not there is not a file that is gone: it may come back with all its files."""
+        if "NoSuchBucket" in repr(error.__cause__):
+            raise StorageError(
+                f"the bucket of {self.url!r} is gone, in which rows are kept until they are committed; bring it back, "
+                "nothing committed is lost"
+            ) from error
 
     def remove(self, names: set[str]) -> None:
         """Garbage: what cannot be removed now is found by the next recovery."""
