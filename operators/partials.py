@@ -258,7 +258,11 @@ class Extreme(Bound):
         return extreme(parts[0], largest=self.largest)
 
     def finalise(self, parts: list[Column], rows: pa.Array) -> pa.Array:
-        return flat(parts[0])
+        found = flat(parts[0])
+        if pa.types.is_float32(self.kind) or pa.types.is_float64(self.kind):
+            # Which of two zeros was kept depends on how rows were cut into batches.
+            return pc.add(found, pa.scalar(0.0, self.kind))
+        return found
 
 
 def extreme(values: Column, *, largest: bool) -> Combining:

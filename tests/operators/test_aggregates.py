@@ -186,6 +186,14 @@ def test_the_deviation_of_groups_that_lie_far_apart() -> None:
     assert finalised(plan, merged).column("out").to_pylist() == [1.0, 0.5]
 
 
+@pytest.mark.parametrize("kind", [pa.float32(), pa.float64()])
+def test_of_two_zeros_the_extreme_is_the_plain_one(kind: pa.DataType) -> None:
+    """They are equal; which one came first in which batch must not show."""
+    for values in ([0.0, -0.0], [-0.0, 0.0], [-0.0]):
+        for aggregate in (rf.min("x"), rf.max("x")):
+            assert math.copysign(1, result_of(aggregate, values, kind)) == 1
+
+
 def test_first_and_last_do_not_depend_on_arrival() -> None:
     """Ties in time: the smallest value is first, the largest last."""
     values, times = ["b", "a", "c", None], [5, 5, 5, 1]
