@@ -6,6 +6,7 @@ writes to a folder: recovery removes every pending file that its checkpoint does
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import glob
 import os
@@ -79,9 +80,8 @@ class LocalCommitter(Committer):
             if fresh and self.refuse_existing:
                 self._refuse_other_output()
             self._commit(committables, self._merged())
-            shutil.rmtree(self._pending(), ignore_errors=False)
-        except FileNotFoundError:
-            pass  # no pending folder: nothing was left behind
+            with contextlib.suppress(FileNotFoundError):  # no pending folder: nothing was left behind
+                shutil.rmtree(self._pending(), ignore_errors=False)
         except OSError as error:
             raise StorageError(f"cannot use {self.folder!r} as output folder: {error}") from error
 

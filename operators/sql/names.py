@@ -4,9 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Final
 from urllib.parse import unquote, urlsplit
 
 from rayflow.errors import ConfigError
+
+_PATIENCE: Final = (
+    ("connect_timeout", 10),
+    ("keepalives_idle", 15),
+    ("keepalives_interval", 5),
+    ("keepalives_count", 4),
+    ("tcp_user_timeout", 30_000),
+)
+"""Seconds, the last milliseconds."""
+_PASSWORD: Final = re.compile(
+    r"(?:^|[?&;\s])(?:password|sslpassword|passwd)\s*=\s*('(?:[^'\\]|\\.)*'?|[^&;\s]+)", re.IGNORECASE
+)
 
 
 def quoted(name: str) -> str:
@@ -28,9 +41,26 @@ def literal(text: str) -> str:
     return " E'" + doubled.replace("\\", "\\\\") + "'" if "\\" in text else f"'{doubled}'"
 
 
+def with_patience(url: str) -> str:
+    """``url`` for libpq with bounds on waiting for a server that does not answer, but for those it sets itself.
+
+    A subtask that waits for longer is taken for one that hangs; a coordinator would wait for hours.
+    """
+    missing = [f"{name}={value}" for name, value in _PATIENCE if not re.search(rf"(?:^|[?&\s]){name}\s*=", url)]
+    if not url.startswith(("postgresql://", "postgres://")):
+        return " ".join([url, *missing])
+    return f"{url}{'&' if '?' in url else '?'}{'&'.join(missing)}" if missing else url
+
+
 def passwords_of(url: str) -> tuple[str, ...]:
     """Every form in which a connection URL or a ``key=value`` string holds a password."""
-    found = set(re.findall(r"(?:^|[?&;\s])(?:password|sslpassword|passwd)=([^&;\s]+)", url, flags=re.IGNORECASE))
+    found = set(_PASSWORD.findall(url))
+    for text in [each.strip("'") for each in found if each.startswith("'")]:
+        found |= {
+            text,
+            re.sub(r"\\(.)", r"\1", text),
+            *(word for word in text.split() if len(word) > 2),
+        }  # libpq tells the word it stumbled over
     try:
         parts = urlsplit(url)
     except ValueError:

@@ -15,7 +15,7 @@ import pyarrow as pa
 from rayflow.errors import ConfigError, ConnectorError
 from rayflow.operators.sources.schemas import describe
 from rayflow.operators.sql.keys import check_key, last_by_key
-from rayflow.operators.sql.names import listed, literal, quoted
+from rayflow.operators.sql.names import listed, literal, quoted, with_patience
 from rayflow.operators.sql.postgres_errors import Place, not_connected, translated
 from rayflow.operators.sql.postgres_types import check_types, column_type, fitted, takes
 
@@ -54,7 +54,7 @@ class PostgresTable:
         """Raises `ConfigError` for wrong credentials, `ConnectorError` when the server does not answer."""
         place = Place(where, self.title, self.url)
         try:
-            raw = driver().connect(self.url, autocommit=True)
+            raw = driver().connect(with_patience(self.url), autocommit=True)
         except ConfigError:
             raise
         except Exception as error:

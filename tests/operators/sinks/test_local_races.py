@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from rayflow.errors import StorageError
 from rayflow.operators.sinks import local
 from rayflow.operators.sinks.local import PENDING, LocalCommitter
 
@@ -46,6 +47,20 @@ class _Wrapped:
             return found(*args)
 
         return call
+
+
+def test_a_recovery_that_could_not_look_at_the_records_has_not_recovered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(self: LocalCommitter) -> frozenset[str]:
+        raise FileNotFoundError("merge-1.json")
+
+    monkeypatch.setattr(LocalCommitter, "_merged", gone)
+    (tmp_path / PENDING).mkdir()
+    (tmp_path / PENDING / "p").write_bytes(b"rows")
+    committable = {"pending": "p", "final": "part.parquet", "rows": 1, "nbytes": 4}
+    with pytest.raises(StorageError, match="cannot use"):
+        LocalCommitter(str(tmp_path), (".parquet",), refuse_existing=True).recover([committable], fresh=False)
 
 
 @pytest.mark.parametrize("at", range(5))
