@@ -137,6 +137,10 @@ class KafkaServer:
         """The broker answers nobody meanwhile (its process is stopped, its connections stay)."""
         self.process.send_signal(signal.SIGSTOP)
         try:
+            deadline = time.monotonic() + _CALL_TIMEOUT_S
+            while not _stands_still(self.process.pid):  # on a busy machine its threads go on for a moment
+                assert time.monotonic() < deadline, "the broker does not stop"
+                time.sleep(0.001)
             yield
         finally:
             self.process.send_signal(signal.SIGCONT)
@@ -197,6 +201,12 @@ def noida(folder: Path, port: int = 0) -> Iterator[KafkaServer]:
         process.send_signal(signal.SIGCONT)
         process.kill()  # its data are temporary
         process.wait()
+
+
+def _stands_still(pid: int) -> bool:
+    """Whether every thread of the process is stopped."""
+    states = [(task / "stat").read_text().rpartition(")")[2].split()[0] for task in Path(f"/proc/{pid}/task").iterdir()]
+    return all(state in "Tt" for state in states)
 
 
 def free_port() -> int:

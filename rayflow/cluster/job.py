@@ -190,7 +190,10 @@ class Job:
                 return int(status.last_checkpoint or 0)
             if self._ended is not None:
                 raise ended_before(self._ended, self._stores().plan.name, "a checkpoint completed")
-        raise TimeoutError(f"job {self.name} completed no checkpoint within {timeout:g} s; see Job.timeline()")
+        raise TimeoutError(
+            f"job {self.name} completed no checkpoint within {timeout:g} s; it is {_told(self.status())}; see "
+            "Job.timeline()"
+        )
 
     def savepoint(
         self,
@@ -235,7 +238,10 @@ class Job:
                 raise StorageError(
                     f"no savepoint of job {self.name}: checkpoint {failed[0]}; the job goes on, ask again"
                 )
-        raise TimeoutError(f"job {self.name} completed no savepoint within {timeout:g} s; see Job.timeline()")
+        raise TimeoutError(
+            f"job {self.name} completed no savepoint within {timeout:g} s; it is {_told(self.status())}; see "
+            "Job.timeline()"
+        )
 
     def stop(
         self,
@@ -408,3 +414,7 @@ class Job:
         except ValueError:
             return False
         return True
+
+
+def _told(status: JobStatus) -> str:
+    return f"{status.state} ({status.detail})" if status.detail else status.state

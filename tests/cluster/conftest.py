@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import ray
 
-from rayflow.cluster.job import running_jobs
-from tests.cluster.ray_harness import subtask_processes, until
+from rayflow.cluster.job import attach, running_jobs
+from rayflow.errors import RayflowError
+from tests.cluster.ray_harness import story, subtask_processes, until
 
 CPUS = 8
 """More than the machine has: what is tested is the protocol, not the speed."""
@@ -43,6 +44,8 @@ def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     left = running_jobs()
     for name in left:
+        with contextlib.suppress(ValueError, RayflowError):
+            print(story(attach(name)))  # of a test that has failed
         with contextlib.suppress(ValueError):
             ray.kill(ray.get_actor(name, namespace="rayflow"))
     until(lambda: not subtask_processes(), "all subtask processes are gone")

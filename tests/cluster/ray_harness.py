@@ -80,6 +80,19 @@ def told(job: Job, what: str) -> list[str]:
     return [e.detail for e in job.timeline() if e.what == what]
 
 
+def story(job: Job) -> str:
+    """All that the job has to say of itself."""
+    timeline = job.timeline()
+    begun = timeline[0].at if timeline else 0.0
+    return "\n".join(
+        [
+            str(job.status()),
+            *map(str, job.subtasks()),
+            *(f"{e.at - begun:8.3f} {e.what} {e.detail}" for e in (*timeline[:60], *timeline[60:][-60:])),
+        ]
+    )
+
+
 def pid_of(job: Job, step: str, index: int = 0) -> int:
     """Of the subtask whose chain has ``step`` in its title."""
     (pid,) = [s.pid for s in job.subtasks() if step in s.step and s.index == index]
