@@ -23,6 +23,9 @@ DELIVERY_TIMEOUT_S = 30.0
 """How long delivering may take before the checkpoint is declined; it is tried again with the next one."""
 QUEUE_TIMEOUT_S = 30.0
 """How long the client's queue may stay full."""
+SOCKET_TIMEOUT_MS = int(CALL_TIMEOUT_S * 1000)
+"""How long one request may take. Without it some calls of the client (`send_offsets_to_transaction`) last its 60 s for
+every request, whatever timeout they are given, with a broker that takes connections and does not answer."""
 RESERVED = (
     "bootstrap.servers", "delivery.report.only.error", "enable.idempotence", "error_cb", "logger", "on_delivery",
     "transaction.timeout.ms", "transactional.id",
@@ -66,6 +69,7 @@ class Producer:
         self._failed: list[Any] = []
         config = {
             **_DEFAULTS,
+            "socket.timeout.ms": SOCKET_TIMEOUT_MS,
             **options,
             "bootstrap.servers": servers,
             "enable.idempotence": True,
