@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 from uuid import NAMESPACE_URL, uuid5
 
 import pyarrow as pa
@@ -17,33 +16,17 @@ from rayflow.errors import CommitLostError, JobFailedError
 from rayflow.flow import Flow
 from rayflow.operators.base import Guarantee, SinkFactory, SinkOperator
 from rayflow.reading import from_arrow
+from rayflow.testing.applying import applies, drop_what_does_not_apply
 from rayflow.testing.driving import SinkRun, another_process
 from rayflow.testing.flows import POINTS, Declining, FailingSink, Failure, Point, run
 
 Visible = Callable[[], Iterable[int]]
 Leftovers = Callable[[], Sequence[object]]
 Lose = Callable[[Json], None]
-Method = TypeVar("Method", bound=Callable[..., None])
 
 ROWS = 240
 BATCH = 6
 LADDER = (2, 3, 1)
-
-
-@dataclass(frozen=True, slots=True)
-class _Applies:
-    to: tuple[Guarantee, ...]
-    hook: str
-
-
-def applies(*guarantees: Guarantee, hook: str = "") -> Callable[[Method], Method]:
-    """Only to sinks with one of these guarantees, and with this fixture."""
-
-    def mark(test: Method) -> Method:
-        test.applies = _Applies(guarantees, hook)  # type: ignore[attr-defined]
-        return test
-
-    return mark
 
 
 class SinkConformance:
@@ -86,11 +69,7 @@ class SinkConformance:
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        for name in dir(SinkConformance):
-            needs = getattr(getattr(SinkConformance, name), "applies", None)
-            if needs is not None and name not in vars(cls):
-                given = not needs.hook or _definer(cls, needs.hook) is not SinkConformance
-                setattr(cls, name, getattr(SinkConformance, name) if cls.guarantee in needs.to and given else None)
+        drop_what_does_not_apply(cls, SinkConformance, cls.guarantee)
 
     @pytest.fixture
     def job(self, sink: SinkFactory, tmp_path: Path) -> Iterator[SinkRun]:
@@ -403,7 +382,3 @@ class SinkConformance:
         assert not unknown, f"{len(unknown)} rows are visible that should not be, such as {unknown[:5]}"
         twice = sorted(i for i, n in found.items() if n > 1)
         assert self.guarantee == "at_least_once" or not twice, f"{len(twice)} rows are there twice, such as {twice[:5]}"
-
-
-def _definer(cls: type, name: str) -> type:
-    return next(each for each in cls.__mro__ if name in vars(each))
