@@ -11,7 +11,6 @@ back (MADV_DONTNEED): the file keeps them in the page cache, the process is as s
 
 from __future__ import annotations
 
-import mmap
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -25,6 +24,7 @@ import pyarrow as pa
 
 from rayflow.errors import StorageError
 from rayflow.operators.grouping import Int64Array, flat
+from rayflow.operators.mapping import Mapping
 from rayflow.partition import hash_columns
 
 BLOCK_ROWS: Final = 8_192
@@ -125,13 +125,12 @@ class SpilledTable(Ordered):
     """An `Ordered` whose table is a mapped file."""
 
     def __init__(self, path: Path, index: SparseIndex) -> None:
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-        super().__init__(pa.ipc.open_file(pa.py_buffer(self._map)).read_all(), index)
+        self._mapping = Mapping(path)
+        super().__init__(pa.ipc.open_file(self._mapping.buffer).read_all(), index)
         self.path = path
 
     def release(self) -> None:
-        self._map.madvise(mmap.MADV_DONTNEED)
+        self._mapping.release()
 
     def drop(self) -> None:
         self.path.unlink(missing_ok=True)

@@ -8,7 +8,6 @@ page cache.
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import pairwise
@@ -21,6 +20,7 @@ import pyarrow as pa
 from rayflow.errors import StorageError
 from rayflow.operators.grouping import flat, plain_key, plain_type
 from rayflow.operators.joins.kernels import SortedRows
+from rayflow.operators.mapping import Mapping
 
 FRACTION: Final = 8
 """Of the memory of the operator one side may have so much in runs, and as much in one file: two sides are a quarter,
@@ -31,17 +31,16 @@ class MappedFile:
     """One file. Rows that were taken from it stay readable when it is dropped."""
 
     def __init__(self, path: Path) -> None:
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+        self._mapping = Mapping(path)
         self.path = path
 
     def read(self) -> pa.RecordBatch:
         """Its one batch, without a copy."""
-        return pa.ipc.open_file(pa.py_buffer(self._map)).get_batch(0)
+        return pa.ipc.open_file(self._mapping.buffer).get_batch(0)
 
     def release(self) -> None:
         """Nothing of it is needed in memory just now."""
-        self._map.madvise(mmap.MADV_DONTNEED)
+        self._mapping.release()
 
     def drop(self) -> None:
         self.path.unlink(missing_ok=True)

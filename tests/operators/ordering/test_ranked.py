@@ -152,7 +152,7 @@ def test_a_window_of_which_no_row_is_ranked_closes_like_others(
     operator.process(batch(data, SCHEMA), 0)  # type: ignore[arg-type]
     for watermark in (12, 32, 45, MAX_WATERMARK):
         operator.on_watermark(watermark)
-    ranked = [(k, t, v) for k, t, v in data if v is not None]
+    ranked: list[Row] = [(k, t, v) for k, t, v in data if v is not None]
     assert found_by(out) == oracle(ranked, spec, Ranking(n=2, time="t", by="v"))
 
 

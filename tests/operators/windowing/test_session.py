@@ -98,7 +98,7 @@ def test_a_session_that_grows_for_long_is_kept_in_mind_once(emit: Emit) -> None:
     """Memory is that of open sessions, not of the rows of so much time as a gap has."""
     operator, out = opened(factory(100, emit=emit))
     assert isinstance(operator, SessionOperator)
-    data = [(key, time, 1) for time in range(300) for key in (1, 2)]
+    data: list[Row] = [(key, time, 1) for time in range(300) for key in (1, 2)]
     for at in range(0, len(data), 2):
         operator.process(batch(data[at : at + 2]), 0)
         operator.on_watermark(data[at][1])
