@@ -218,6 +218,11 @@ class ExactlyOnceOperator(_KafkaOperator):
     def _start(self) -> None:
         self._slots = Slots(self._sink.cluster, self.ctx)
 
+    def snapshot(self, checkpoint: CheckpointId) -> FrozenState | None:
+        if self._slots is not None:
+            self._slots.check_age()
+        return super().snapshot(checkpoint)
+
     def _is_empty(self, interval: _Interval) -> bool:
         return interval.slot is None and not interval.pending
 

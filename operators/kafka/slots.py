@@ -11,6 +11,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from time import monotonic
 from typing import Any
 
 from rayflow.core.ids import CheckpointId
@@ -18,7 +19,7 @@ from rayflow.errors import CommitLostError, ConnectorError
 from rayflow.operators.base import OperatorContext
 from rayflow.operators.kafka.client import CALL_TIMEOUT_S
 from rayflow.operators.kafka.encoding import Messages
-from rayflow.operators.kafka.producers import Producer
+from rayflow.operators.kafka.producers import Producer, ProducerBrokenError
 from rayflow.operators.kafka.protocol import TransactionClient
 from rayflow.operators.kafka.transactions import (
     Committable,
@@ -73,13 +74,18 @@ class Slot:
             raise ConnectorError(f"{ctx} expected the broker to know {self.id!r}, which it has just made; tried again")
         # Ours, if we are not fenced: then nothing can be flushed, and no committable names what was described here.
         self._producer_id, self._epoch = described.producer_id, described.epoch
-        self._begun = False
+        self._begun, self._begun_at = False, 0.0
         self.committable: Committable | None = None
+
+    @property
+    def age_s(self) -> float:
+        """How long its transaction has been open."""
+        return monotonic() - self._begun_at if self._begun else 0.0
 
     def send(self, messages: Messages) -> None:
         if not self._begun:
             self._producer.call("begin a transaction", self._producer.client.begin_transaction)
-            self._begun = True
+            self._begun, self._begun_at = True, monotonic()
         self._producer.send(self._cluster.topic, messages)
 
     def prepare(self, checkpoint: CheckpointId) -> Committable:
@@ -143,6 +149,17 @@ class Slots:
         with self._lock:
             if not self._free and len(self._all) < SLOTS_MAX and not self.closed:
                 self._free.append(self._new())
+
+    def check_age(self) -> None:
+        """Raises `ProducerBrokenError` when the broker may have aborted what the next checkpoint would name: then going
+        back to the last one loses nothing, while that next one could not be committed."""
+        oldest, limit = max((slot.age_s for slot in list(self._all)), default=0.0), self._cluster.timeout_ms / 1000
+        if oldest >= limit:
+            raise ProducerBrokenError(
+                f"{self._ctx} has had a transaction open for {oldest:.0f} s, because checkpoints did not complete, and "
+                f"the broker aborts it after transaction_timeout ({limit:g} s); the job goes back to its last "
+                "checkpoint. `rayflow checkpoints explain` tells why they failed"
+            )
 
     def give_back(self, slot: Slot) -> None:
         with self._lock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 
 import pytest
@@ -20,6 +21,9 @@ from rayflow.operators.kafka.protocol import TransactionClient
 from rayflow.operators.kafka.transactions import Marker, Markers, TransactionalId
 from tests.kafka_server import KafkaServer, Message, free_port
 from tests.operators.kafka_sink.place import Place, prepared, rows
+
+
+CLOCK = "rayflow.operators.kafka.slots.monotonic"
 
 
 @pytest.fixture
@@ -411,6 +415,22 @@ def test_more_open_transactions_than_the_pool_has_is_an_error(place: Place, monk
         prepared(operator, n)
     with pytest.raises(ConnectorError, match="3 transactions open"):
         operator.process(rows(4), 0)
+    operator.close()
+
+
+def test_no_checkpoint_names_a_transaction_that_has_expired_meanwhile(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checkpoint 1 was aborted, and so was every one since: to complete the next would lose its rows."""
+    operator = place.start()
+    operator.process(rows(1), 0)
+    prepared(operator, 1)
+    now, timeout_s = time.monotonic(), place.sink().transaction_timeout_ms / 1000
+    monkeypatch.setattr(CLOCK, lambda: now + timeout_s - 1)
+    assert operator.snapshot(CheckpointId(2)) is None
+    monkeypatch.setattr(CLOCK, lambda: now + timeout_s)
+    with pytest.raises(ConnectorError, match=r"has had a transaction open for \d+ s.*goes back to its last"):
+        operator.snapshot(CheckpointId(3))
     operator.close()
 
 
