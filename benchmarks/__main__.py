@@ -23,6 +23,7 @@ MODULES = (
     "big_state",
     "join_state",
     "restore_ranges",
+    "many_checkpoints",
     "parquet_sink",
     "exchange",
     "postgres_sink",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from rayflow.core.ids import CheckpointId
@@ -44,6 +45,9 @@ class Problem:
     what: str
 
 
+READERS = 16
+"""Threads that read manifests, where there are more."""
+
 OpenRoot = Callable[[str], Store]
 Infos = list[CheckpointInfo]  # inside the class, `list` is a method
 Problems = list[Problem]
@@ -64,22 +68,26 @@ class CheckpointReader:
     def list(self) -> Infos:
         """Every checkpoint with a manifest, newest first."""
         directory = self.survey()
-        found = []
-        for checkpoint in directory.manifests:
-            path = manifest_path(checkpoint)
-            try:
-                manifest = self.load(checkpoint)
-            except CorruptCheckpointError as error:
-                found.append(CheckpointInfo(checkpoint, path, problem=str(error)))
-                continue
-            if manifest is not None:
-                nbytes = directory.files[path] + sum(file.nbytes for file in manifest.files())
-                live = counts(checkpoint, manifest.incarnation, directory.decisions)
-                uploaded = sum(part.stats.uploaded_bytes for part in manifest.subtasks)
-                found.append(
-                    CheckpointInfo(checkpoint, path, manifest.kind, manifest.created_at, nbytes, uploaded, live)
-                )
-        return found
+        if len(directory.manifests) <= READERS:
+            infos = [self._info(checkpoint, directory) for checkpoint in directory.manifests]
+        else:
+            with ThreadPoolExecutor(READERS) as pool:
+                infos = list(pool.map(lambda checkpoint: self._info(checkpoint, directory), directory.manifests))
+        return [info for info in infos if info is not None]
+
+    def _info(self, checkpoint: CheckpointId, directory: Directory) -> CheckpointInfo | None:
+        """None for a void mark."""
+        path = manifest_path(checkpoint)
+        try:
+            manifest = self.load(checkpoint)
+        except CorruptCheckpointError as error:
+            return CheckpointInfo(checkpoint, path, problem=str(error))
+        if manifest is None:
+            return None
+        nbytes = directory.files[path] + sum(file.nbytes for file in manifest.files())
+        live = counts(checkpoint, manifest.incarnation, directory.decisions)
+        uploaded = sum(part.stats.uploaded_bytes for part in manifest.subtasks)
+        return CheckpointInfo(checkpoint, path, manifest.kind, manifest.created_at, nbytes, uploaded, live)
 
     def read(self, checkpoint: CheckpointId) -> Manifest:
         """Raises `CorruptCheckpointError` if there is no such checkpoint or its manifest is not whole."""

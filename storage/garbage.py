@@ -52,7 +52,9 @@ def collect_garbage(store: Store, job: str, *, keep: int = KEEP_ALL, delete: boo
         return Contents(manifest.kind, manifest.incarnation, own)
 
     recorder = _Recorder(store, delete)
-    Retention(recorder, contents).retain(directory, newest, keep)
+    retention = Retention(recorder, contents)
+    retention.learn_all(directory)
+    retention.retain(directory, newest, keep)
     paths = dict.fromkeys(path for path in recorder.deleted if path in directory.files)
     return Garbage(tuple((path, directory.files[path]) for path in paths))
 

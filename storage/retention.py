@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 from rayflow.core.ids import CheckpointId
@@ -37,8 +38,10 @@ from rayflow.storage.store import TEMPORARY_SUFFIX, Store
 
 PINNED_KIND = "savepoint"
 
-MANIFESTS_READ_MAX = 100
-"""At once: a coordinator that takes over thousands learns them little by little."""
+MANIFESTS_READ_MAX = 25
+"""One after the other, and at once: a coordinator that takes over thousands learns them little by little."""
+READERS = 16
+"""Threads, where thousands are needed at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +81,9 @@ class Retention:
 
         Raises `CorruptCheckpointError`, having deleted nothing, if ``newest`` cannot be read back: it might be the
         only reason to delete the others. Deletes nothing while there are many manifests that it has not read: then
-        `learn` must be called until there are few.
+        `learn` must be called until there are few, or `learn_all` before.
         """
-        unread = [checkpoint for checkpoint in directory.manifests if checkpoint not in self._cache]
+        unread = self._unread_of(directory)
         if len(unread) > MANIFESTS_READ_MAX:
             self._unread = unread[::-1]
             return
@@ -105,10 +108,23 @@ class Retention:
             return False
         for _ in range(MANIFESTS_READ_MAX):
             if self._unread:
-                with contextlib.suppress(CorruptCheckpointError):
-                    self._contents(self._unread[-1])
+                self._try(self._unread[-1])
                 self._unread.pop()
         return True
+
+    def learn_all(self, directory: Directory) -> None:
+        """Read now what has not been read; a few are left to be read when they are needed."""
+        unread = self._unread_of(directory)
+        if len(unread) > MANIFESTS_READ_MAX:
+            with ThreadPoolExecutor(READERS) as pool:
+                list(pool.map(self._try, unread))
+
+    def _unread_of(self, directory: Directory) -> list[CheckpointId]:
+        return [checkpoint for checkpoint in directory.manifests if checkpoint not in self._cache]
+
+    def _try(self, checkpoint: CheckpointId) -> None:
+        with contextlib.suppress(CorruptCheckpointError):
+            self._contents(checkpoint)
 
     def sweep(self, directory: Directory, keep: int, upto: CheckpointId, incarnation: int) -> None:
         """No subtask runs any more: leave only what retained manifests name.
@@ -116,6 +132,7 @@ class Retention:
         That is below ``chk-*`` and in ``shared/`` what checkpoints up to id ``upto`` have written. Temporary files of
         dead writers go too, unless ids above it, or later claims, show that somebody else is at work.
         """
+        self.learn_all(directory)
         newest = next((c for c in directory.manifests if c <= upto and self._counts(c, directory)), None)
         judged = self._judge(directory, CheckpointId(upto) if newest is None else newest, keep)
         self._delete_manifests(judged)

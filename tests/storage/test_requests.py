@@ -10,6 +10,7 @@ from rayflow.core.ids import CheckpointId
 from rayflow.core.manifest import Manifest, encode
 from rayflow.storage import checkpoints, retention
 from rayflow.storage.checkpoints import CheckpointStore, Incarnation
+from rayflow.storage.garbage import collect_garbage
 from rayflow.storage.layout import Decision, claim_path, decision_path, manifest_path
 from rayflow.storage.store import MemoryStore, PutOutcome
 from tests.storage.fakes import JOB, make_manifest
@@ -120,6 +121,15 @@ def test_a_coordinator_that_takes_over_many_learns_them_little_by_little() -> No
     assert all(job.cost(1) <= AT_MOST + retention.MANIFESTS_READ_MAX + 2 * MANY / PAGE for _ in range(3))
     job.cost()
     assert len(job.mine.survey().manifests) == 1, "what need not be kept is gone at last"
+
+
+def test_at_the_end_and_from_outside_all_are_known_at_once() -> None:
+    job = Job(filled(MANY), 1)
+    unneeded = collect_garbage(job.store, JOB, keep=1)
+    assert len([path for path, _ in unneeded.files if path.endswith("manifest.json")]) == MANY - 1
+    assert len(job.mine.list()) == MANY, "nothing was asked to be deleted"
+    job.mine.sweep(1)
+    assert len(job.mine.survey().manifests) == 1
 
 
 def test_broken_looking_at_everything_each_time_costs_more(monkeypatch: pytest.MonkeyPatch) -> None:

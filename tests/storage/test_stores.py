@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import pickle
@@ -9,6 +10,7 @@ import uuid
 from pathlib import Path
 
 import pytest
+import s3fs
 
 from rayflow.errors import ConfigError, StorageError
 from rayflow.storage.filesystem import MemoryStore, ObjectStore, PutOutcome, Store
@@ -88,6 +90,33 @@ class TestSeaweed(StoreConformance):
         data = os.urandom(1024) * 1024 * 14
         store.put("large", data)
         assert store.get("large") == data
+
+    def test_a_large_object_that_fails_half_way_leaves_nothing(
+        self, store: Store, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("rayflow.storage.remote._SINGLE_PUT_MAX", 12 * 1024 * 1024)
+        call, parts = s3fs.S3FileSystem._call_s3, list[int]()
+
+        async def cut_off(self: s3fs.S3FileSystem, method: str, *args: object, **options: object) -> object:
+            if method == "upload_part":
+                parts.append(1)
+                if len(parts) == 2:
+                    raise OSError("the cable was cut")
+            return await call(self, method, *args, **options)
+
+        data = os.urandom(1024) * 1024 * 14
+        store.put("large", b"the old one")
+        monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", cut_off)
+        with pytest.raises(StorageError, match="cable was cut"):
+            store.put("large", data)
+        parts.clear()
+        with pytest.raises(StorageError, match="cable was cut"):
+            store.put("new", data)
+        assert store.list() == [("large", len(b"the old one"))]
+        assert isinstance(store, ObjectStore)
+        with contextlib.closing(s3_server.client()) as client:
+            bucket = store.url.removeprefix("s3://").partition("/")[0]
+            assert not client.list_multipart_uploads(Bucket=bucket).get("Uploads"), "what was sent costs nothing"
 
 
 def test_a_relative_path_means_the_same_in_every_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
