@@ -45,7 +45,7 @@ class Flow:
             if not isinstance(sink, StreamEnd):
                 raise PlanError(
                     f"flow {name!r} takes sinks, got {type(sink).__name__}; end the stream with .write_parquet(path), "
-                    ".collect() or .print()"
+                    ".collect(), .print() or .write(sink), and give what that returns"
                 )
         self.name = name
         self.sinks = sinks

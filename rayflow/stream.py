@@ -377,7 +377,9 @@ class Stream(WritesFiles, WritesTables, WritesKafka, WritesDelta, WritesIceberg)
                 f"step 'write' ({caller_location()}): a sink needs build(), committer() and stateful, "
                 f"{type(sink).__name__} has no {missing[0]}"
             )
-        return self._sink("write", sink, detail=type(sink).__name__, name=name)
+        made = self._sink("write", sink, detail=type(sink).__name__, name=name)
+        made.node.schema(look=False)
+        return made
 
     def print(self, *, limit: int | None = None, name: str | None = None) -> StreamEnd:
         """Print rows as they come (at least once)."""
