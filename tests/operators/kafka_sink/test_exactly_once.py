@@ -22,7 +22,6 @@ from rayflow.operators.kafka.transactions import Marker, Markers, TransactionalI
 from tests.kafka_server import KafkaServer, Message, free_port
 from tests.operators.kafka_sink.place import Place, prepared, rows
 
-
 CLOCK = "rayflow.operators.kafka.slots.monotonic"
 
 
