@@ -90,15 +90,18 @@ def seaweed(folder: Path) -> Iterator[S3Server]:
 
 
 class Seaweed:
-    """``weed mini`` on ``folder``, which can be killed and started again there, on the same ports."""
+    """``weed mini`` on ``folder``, which can be killed and started again there, on the same ports.
 
-    def __init__(self, folder: Path) -> None:
+    ``more``: flags of its own.
+    """
+
+    def __init__(self, folder: Path, *more: str) -> None:
         ports = _free_ports(12)
         names = ["master", "volume", "filer", "s3", "admin"]
         flags = [f"-{name}.port={ports[2 * i]}" for i, name in enumerate(names)]
         flags += [f"-{name}.port.grpc={ports[2 * i + 1]}" for i, name in enumerate(names)]
         flags += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-webdav=false", "-admin.ui=false"]
-        flags += ["-master.telemetry=false", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
+        flags += ["-master.telemetry=false", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", *more]
         self.s3 = S3Server(f"http://127.0.0.1:{ports[6]}")
         self._command = [str(Path(sys.executable).parent / "weed"), "mini", *flags]
         self._folder = folder

@@ -1,10 +1,12 @@
-"""P4 on Iceberg, with a catalog in SQLite: a table holds exactly the checkpointed set."""
+"""P4 on Iceberg, with a catalog in SQLite and with a real REST catalog: a table holds exactly the checkpointed set."""
 
 from __future__ import annotations
 
 import datetime as dt
+import time
+import uuid
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,29 +25,26 @@ from rayflow.operators.iceberg.table import KeepingIO
 from rayflow.operators.sinks.files import Rolling
 from tests.failing import FailsOnce
 from tests.faulty_sinks import Fault, FaultySink
+from tests.kafka_server import free_port
 from tests.operators.helpers import context
-from tests.servers import S3Server
+from tests.servers import Seaweed
 
 N = 160
 DATA = pa.table({"k": [i % 7 for i in range(N)], "v": pa.array(range(N), pa.int64())})
 LADDER = (1, 3, 2)
-TABLE = "lake.rows"
 
 
 class Job:
     """A job that reads `DATA` in small batches into a table, with checkpoints as often as they go."""
 
-    def __init__(self, folder: Path, warehouse: str = "", storage: Mapping[str, str] | None = None) -> None:
+    def __init__(self, folder: Path, catalog: Mapping[str, str] | None = None) -> None:
         self.folder = folder
-        self.catalog = {
-            "type": "sql",
-            "uri": f"sqlite:///{folder}/catalog.db",
-            "warehouse": warehouse or f"file://{folder}/some lake",
-            **(storage or {}),
-        }
+        lake = {"type": "sql", "uri": f"sqlite:///{folder}/catalog.db", "warehouse": f"file://{folder}/some lake"}
+        self.catalog = dict(catalog or lake)
+        self.name = f"lake.rows_{uuid.uuid4().hex}"
 
     def sink(self, **more: Any) -> IcebergSink:
-        return IcebergSink(TABLE, catalog=self.catalog, **more)
+        return IcebergSink(self.name, catalog=self.catalog, **more)
 
     def run(
         self,
@@ -77,10 +76,10 @@ class Job:
         return catalog
 
     def table(self) -> Any:
-        return self.others().load_table(TABLE)
+        return self.others().load_table(self.name)
 
     def values(self) -> list[int]:
-        if not self.others().table_exists(TABLE):
+        if not self.others().table_exists(self.name):
             return []
         return sorted(self.table().scan().to_arrow().column("v").to_pylist())
 
@@ -90,16 +89,42 @@ def job(tmp_path: Path) -> Job:
     return Job(tmp_path)
 
 
-@pytest.fixture
-def s3_job(tmp_path: Path, s3_server: S3Server) -> Job:
-    options = s3_server.storage_options
-    storage = {
-        "s3.endpoint": str(options.get("endpoint_url") or options["client_kwargs"]["endpoint_url"]),
-        "s3.access-key-id": str(options["key"]),
-        "s3.secret-access-key": str(options["secret"]),
+@pytest.fixture(scope="module")
+def rest_catalog(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A real REST catalog and S3-compatible storage: those of SeaweedFS."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    server = Seaweed(tmp_path_factory.mktemp("lake"), f"-s3.port.iceberg={port}", "-tableBucket=icetables")
+    properties = {
+        "type": "rest",
+        "uri": url,
+        "warehouse": "s3://icetables",
+        "credential": f"{server.s3.key}:{server.s3.secret}",
+        "oauth2-server-uri": f"{url}/v1/oauth/tokens",
+        "s3.endpoint": server.s3.endpoint_url,
+        "s3.access-key-id": server.s3.key,
+        "s3.secret-access-key": server.s3.secret,
         "s3.region": "us-east-1",
     }
-    return Job(tmp_path, f"{s3_server.bucket()}/some lake", storage)
+    try:
+        server.start()
+        deadline = time.monotonic() + 60.0
+        while True:
+            try:
+                load_catalog("default", **properties).list_namespaces()
+                break
+            except Exception:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)  # the server offers nothing to wait on but an answer
+        yield properties
+    finally:
+        server.kill()
+
+
+@pytest.fixture
+def rest_job(tmp_path: Path, rest_catalog: dict[str, str]) -> Job:
+    return Job(tmp_path, rest_catalog)
 
 
 def test_a_checkpoint_is_one_snapshot_that_names_it_and_the_table_knows_the_newest(job: Job) -> None:
@@ -116,16 +141,12 @@ def test_a_checkpoint_is_one_snapshot_that_names_it_and_the_table_knows_the_newe
 
 
 @pytest.mark.parametrize("fault", ["in prepare", "before commit", "after commit"])
-def test_rows_come_once_wherever_the_sink_is_struck(fault: Fault, job: Job) -> None:
+@pytest.mark.parametrize("where", ["job", "rest_job"])
+def test_rows_come_once_wherever_the_sink_is_struck(where: str, fault: Fault, request: pytest.FixtureRequest) -> None:
+    job: Job = request.getfixturevalue(where)
     job.run(FaultySink(job.sink(), fault, str(job.folder / "struck")))
     assert (job.folder / "struck").exists()
     assert job.values() == list(range(N))
-
-
-def test_rows_come_once_on_s3(s3_job: Job) -> None:
-    s3_job.run(FaultySink(s3_job.sink(), "after commit", str(s3_job.folder / "struck")))
-    assert (s3_job.folder / "struck").exists()
-    assert s3_job.values() == list(range(N))
 
 
 def test_rows_come_once_with_another_parallelism_after_each_failure(job: Job) -> None:
@@ -150,7 +171,7 @@ def test_partitions_of_any_text_are_read_back(job: Job) -> None:
     texts = ["a b/c", "../up", "100%", "", None, "ü=ö", "x" * 60]
     data = pa.table({"p": texts * 10, "v": range(70)})
     catalog = job.others()
-    table = catalog.create_table(TABLE, data.schema, properties={"write.metadata.metrics.default": "none"})
+    table = catalog.create_table(job.name, data.schema, properties={"write.metadata.metrics.default": "none"})
     with table.update_spec() as spec:
         spec.add_identity("p")
     rf.Flow("job", rf.from_arrow(data).write(job.sink(partition_by="p"))).run(local=True, progress=False)
@@ -184,7 +205,7 @@ def test_types_are_those_of_the_table(job: Job) -> None:
             "s": pa.array([{"a": 1}, None, {"a": 2}], pa.struct([("a", pa.int64())])),
         }
     )
-    stream = rf.from_arrow(data).write_iceberg(TABLE, catalog=job.catalog, partition_by="d")  # made with a partition
+    stream = rf.from_arrow(data).write_iceberg(job.name, catalog=job.catalog, partition_by="d")  # made with a partition
     flow = rf.Flow("job", stream)
     flow.run(local=True, progress=False)
     flow.run(local=True, progress=False)  # appended: another run, without checkpoints to go on from
@@ -222,32 +243,32 @@ def test_what_says_no_table_is_refused_while_building(table: str, catalog: dict[
 
 
 def test_another_table_is_refused_before_a_checkpoint_holds_rows_for_it(job: Job) -> None:
-    job.others().create_table(TABLE, pa.schema([("k", pa.int64()), ("other", pa.string())]))
+    job.others().create_table(job.name, pa.schema([("k", pa.int64()), ("other", pa.string())]))
     with pytest.raises(JobFailedError, match=r"cannot append to the Iceberg table .*column 'other' is missing"):
         job.run()
     assert not any((job.folder / "chk").rglob("manifest.json"))
 
 
 def test_another_partitioning_is_refused(job: Job) -> None:
-    with job.others().create_table(TABLE, DATA.schema).update_spec() as spec:
+    with job.others().create_table(job.name, DATA.schema).update_spec() as spec:
         spec.add_field("k", "bucket[4]")
     with pytest.raises(JobFailedError, match=r"it is partitioned by \['bucket\[4\]\(k\)'\], got partition_by=\['k'\]"):
         job.run(job.sink(partition_by="k"))
 
 
 def test_a_null_for_a_column_that_has_none_is_refused_before_a_checkpoint_holds_it(job: Job) -> None:
-    job.others().create_table(TABLE, pa.schema([pa.field("v", pa.int64(), nullable=False)]))
+    job.others().create_table(job.name, pa.schema([pa.field("v", pa.int64(), nullable=False)]))
     with pytest.raises(JobFailedError, match="cannot write to the Iceberg table"):
         job.run(stream=rf.from_arrow(pa.table({"v": pa.array([1, None])})), restart=rf.Restart.none())
     assert job.values() == []
 
 
 def test_a_table_with_rows_is_refused_when_asked_for(job: Job) -> None:
-    table = job.others().create_table(TABLE, DATA.schema)
+    table = job.others().create_table(job.name, DATA.schema)
     job.run(job.sink(mode="error"), stream=rf.from_arrow(DATA.slice(0, 0)))
     table.append(DATA)
     other = Job(job.folder / "another run")
-    other.catalog = job.catalog
+    other.catalog, other.name = job.catalog, job.name
     with pytest.raises(JobFailedError, match="is an Iceberg table with rows already"):
         other.run(job.sink(mode="error"))
 
@@ -297,15 +318,19 @@ def test_a_prepared_file_that_is_gone_ends_the_job_and_it_says_so(job: Job) -> N
 def test_rows_for_a_table_that_was_dropped_end_the_job(job: Job) -> None:
     class Dropped(FaultySink):
         def strike(self) -> None:
-            job.others().drop_table(TABLE)
-            job.others().create_table(TABLE, DATA.schema, location=f"file://{job.folder}/elsewhere")
+            job.others().drop_table(job.name)
+            job.others().create_table(job.name, DATA.schema, location=f"file://{job.folder}/elsewhere")
 
     with pytest.raises(JobFailedError, match=r"were prepared for a complete checkpoint of the Iceberg table"):
         job.run(Dropped(job.sink(), "before commit", ""))
 
 
-def test_the_commit_of_one_who_does_not_know_that_it_was_replaced_is_refused_by_the_catalog(job: Job) -> None:
+@pytest.mark.parametrize("where", ["job", "rest_job"])
+def test_the_commit_of_one_who_does_not_know_that_it_was_replaced_is_refused_by_the_catalog(
+    where: str, request: pytest.FixtureRequest
+) -> None:
     """Both have looked at the table before either of them commits."""
+    job: Job = request.getfixturevalue(where)
     job.run()
     committer, named = _prepared(job)
     stale = committer._table.open()
@@ -317,8 +342,10 @@ def test_the_commit_of_one_who_does_not_know_that_it_was_replaced_is_refused_by_
     assert (job.values(), len(job.table().snapshots())) == (rows, snapshots)
 
 
-def test_the_first_commits_of_two_to_an_empty_table_are_told_apart(job: Job) -> None:
+@pytest.mark.parametrize("where", ["job", "rest_job"])
+def test_the_first_commits_of_two_to_an_empty_table_are_told_apart(where: str, request: pytest.FixtureRequest) -> None:
     """There is no snapshot yet that they could follow."""
+    job: Job = request.getfixturevalue(where)
     committer, named = _prepared(job)
     stale = committer._table.open()
     committer.commit(named)
@@ -374,7 +401,7 @@ def test_a_commit_that_was_done_and_is_called_refused_leaves_the_table_whole(
 
 def test_old_metadata_are_deleted_where_the_table_is_set_up_so(job: Job) -> None:
     properties = {"write.metadata.delete-after-commit.enabled": "true", "write.metadata.previous-versions-max": "1"}
-    job.others().create_table(TABLE, DATA.schema, properties=properties)
+    job.others().create_table(job.name, DATA.schema, properties=properties)
     job.run()
     assert len(job.table().snapshots()) > 2
     assert len(list((job.folder / "some lake").rglob("*.metadata.json"))) == 2
