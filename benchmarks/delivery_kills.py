@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 PARALLELISM = 2
 INTERVAL = "300ms"
 PATIENCE_S = 120.0
-AWAY_S = 3.0
+AWAY_S = 2.0
 """How long servers are away at least."""
 MOST_LOOKS = 10
 

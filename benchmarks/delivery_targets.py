@@ -26,7 +26,7 @@ ROW = pa.schema([("who", pa.string()), ("start", pa.timestamp("us")), ("n", pa.i
 """What is delivered: the windows of each key."""
 PARTITIONS = 3
 """Of a topic that is written."""
-KINDS = ("kafka", "postgres", "postgres-wal", "delta", "parquet")
+KINDS = ("kafka", "postgres", "postgres-wal", "delta", "iceberg", "parquet")
 
 
 class Target(Protocol):
@@ -81,6 +81,8 @@ def target(kind: str, servers: Servers, folder: Path) -> Target:
         return KafkaTarget(servers.kafka(), servers.kafka().topic(PARTITIONS, name="delivered"))
     if kind in ("postgres", "postgres-wal"):
         return PostgresTarget(servers.postgres(), "wal" if kind == "postgres-wal" else "two_phase")
+    if kind == "iceberg":
+        return IcebergTarget(folder)
     return DeltaTarget(folder / "delta") if kind == "delta" else ParquetTarget(folder / "parquet")
 
 
@@ -171,6 +173,32 @@ class DeltaTarget:
 
     def leftovers(self) -> list[str]:
         """None: files of attempts that failed are for VACUUM, as docs/delta.md says."""
+        return []
+
+
+@dataclass(frozen=True, slots=True)
+class IcebergTarget:
+    folder: Path
+
+    kind = "iceberg"
+
+    @property
+    def catalog(self) -> dict[str, str]:
+        uri = f"sqlite:///{self.folder}/catalog.db"
+        return {"type": "sql", "uri": uri, "warehouse": f"file://{self.folder}/lake"}
+
+    def sink(self, rows: Stream) -> Any:
+        return rows.write_iceberg("delivered.windows", catalog=self.catalog, name="iceberg")
+
+    def rows(self) -> pa.Table:
+        """By pyiceberg."""
+        from pyiceberg.catalog import load_catalog
+
+        read = load_catalog("default", **self.catalog).load_table("delivered.windows").scan().to_arrow()
+        return read.select(ROW.names).cast(ROW)
+
+    def leftovers(self) -> list[str]:
+        """None: files of attempts that failed are orphans, as docs/iceberg.md says."""
         return []
 
 
