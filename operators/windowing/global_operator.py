@@ -124,7 +124,8 @@ class GlobalOperator(KeyedOperator):
         plan, table = self._plan, self._totals.table
         times = None if self._reader is None else self._reader.read(batch)[1]
         if self._rows is None and times is not None:
-            self._totals.add(partials := plan.combine_rows(batch, times, 0))
+            for _ in self._totals.add(partials := plan.combine_rows(batch, times, 0)):
+                pass
         else:
             slots = table.slots(self.key_columns(batch), insert=True)
             segments = Segments.of(slots)
@@ -133,9 +134,12 @@ class GlobalOperator(KeyedOperator):
             places[segments.order] = np.repeat(seen, segments.lengths) + segments.occurrence()
             times = pa.array(places) if times is None else times
             partials = plan.combine_rows(batch, times, 0 if self._rows is None else places // self._rows)
-            totals = self._totals.add(partials)
+            added = self._totals.add(partials)
             if self._rows is not None:
-                return self._results([totals.filter(pa.array(flat(totals.column(ROWS)).to_numpy() % self._rows == 0))])
+                every = self._rows
+                return self._results(t.filter(pa.array(flat(t.column(ROWS)).to_numpy() % every == 0)) for t in added)
+            for _ in added:
+                pass
         self._note([flat(partials.column(key)) for key in self.keys])
         return []
 
@@ -284,8 +288,7 @@ class GlobalTimeOperator(WindowOperator):
     def _emit(self, due: Iterable[pa.Table]) -> None:
         assert self._plan is not None
         assert self._totals is not None
-        for partials in due:
-            totals = self._totals.add(partials)
+        for totals in (totals for partials in due for totals in self._totals.add(partials)):
             try:
                 table = self._plan.finalise(totals, self._spec.ends_of).drop_columns([WINDOW_START])
             except DataError as error:

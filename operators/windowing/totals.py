@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final
 
 import numpy as np
@@ -17,6 +18,9 @@ from rayflow.operators.windowing.updates import at
 STATE: Final = "totals"
 TOLD: Final = "__told"
 """Column of the state: `ROWS` as it was in the last result of the key."""
+
+LIST_BYTES: Final = 32 * 1024 * 1024
+"""Every total of a key has all that its lists had before: of one key with many results in a batch they are large."""
 
 
 def totals_schema(plan: Preaggregation) -> pa.Schema:
@@ -35,18 +39,24 @@ class Totals:
         self._values = [field.name for field in fields[self._width : -1]]
         self.table = state.table(STATE, pa.schema(fields[: self._width]), pa.schema(fields[self._width :]))
 
-    def add(self, partials: pa.Table) -> pa.Table:
+    def add(self, partials: pa.Table) -> Iterator[pa.Table]:
         """Take in partial results, of which no key and ``window_start`` is twice.
 
-        Gives of each the total of its key up to and with it, in the order of ``window_start``.
+        Gives of each the total of its key up to and with it, in the order of ``window_start``; in several tables where
+        totals hold lists that are large together. To be read to its end before anything else.
         """
         if not partials.num_rows:
-            return partials
+            return
         keys = [flat(partials.column(key)) for key in self._plan.keys]
         first, codes = distinct(keys)
         starts = self._starts(partials)
-        order = np.lexsort((starts, codes))
         known = self._stored([key.take(pa.array(first)) for key in keys])
+        if partials.num_rows > 1 and _list_bytes(known, partials, codes) > LIST_BYTES:
+            by_time, half = np.argsort(starts, kind="stable"), partials.num_rows // 2
+            for part in (by_time[:half], by_time[half:]):
+                yield from self.add(partials.take(pa.array(part)))
+            return
+        order = np.lexsort((starts, codes))
         totals = self._added_up(partials.take(pa.array(order)), codes[order], known)
         starts = starts[order]
         last = np.flatnonzero(np.append(np.diff(codes[order]), 1))
@@ -54,7 +64,7 @@ class Totals:
         by_time = np.argsort(starts, kind="stable")
         column = pa.array(starts).view(self._plan.window_type)
         totals = totals.set_column(self._width, self._plan.schema.field(WINDOW_START), column)
-        return totals.take(pa.array(by_time))
+        yield totals.take(pa.array(by_time))
 
     def _stored(self, keys: list[pa.Array]) -> pa.Table:
         """The totals of those of these keys that have one."""
@@ -124,6 +134,26 @@ class Totals:
     def of(self, keys: list[pa.Array]) -> pa.Table:
         """The totals of these keys, which are distinct."""
         return at(self._stored(keys), 0, self._plan)
+
+
+def _list_bytes(known: pa.Table, partials: pa.Table, codes: Int64Array) -> int:
+    """About as much the lists of all totals hold at most, if one row a key is ``known`` and ``partials`` are added."""
+    lists = [
+        field.name for field in partials.schema if pa.types.is_list(field.type) or pa.types.is_large_list(field.type)
+    ]
+    if not lists:
+        return 0
+    rows = np.bincount(codes)
+    most = int(rows.max())
+    if most == 1:
+        return 0
+    new = np.zeros(len(rows))
+    for name in lists:
+        lengths = pc.list_value_length(flat(partials.column(name))).fill_null(0).to_numpy()
+        size = partials.column(name).nbytes / max(1, int(lengths.sum()))
+        new += np.bincount(codes, lengths) * size
+    before = sum(int(known.column(name).nbytes) for name in lists)
+    return int((new * rows).sum()) + before * most
 
 
 __all__ = ["STATE", "TOLD", "Totals", "totals_schema"]

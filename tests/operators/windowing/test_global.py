@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from rayflow.core.ids import MAX_WATERMARK
 from rayflow.errors import ConfigError, DataError, PlanError, StateSchemaError
 from rayflow.operators.base import MAIN, Collected, Operator, OperatorFactory
 from rayflow.operators.tumbling import Tumbling
+from rayflow.operators.windowing import totals as totals_module
 from rayflow.operators.windowing.global_operator import GlobalAggregate, GlobalOperator, GlobalTimeAggregate
 from rayflow.operators.windowing.global_window import global_window
 from rayflow.operators.windowing.totals import Totals
@@ -100,6 +102,38 @@ def test_late_rows_count_with_the_next_period(sent: list[list[Row]]) -> None:
     assert LATE not in out.batches
     everything = [row for data in sent for row in data]
     assert [row[2:] for row in found(out)][-1:] == ([total(everything)] if everything else [])
+
+
+@pytest.mark.parametrize("trigger", [every(rows=1), every(rows=7), every("1ms")])
+def test_totals_with_long_lists_are_made_a_few_at_a_time(trigger: Every, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them has all values before it: those of one batch together would be of quadratic size."""
+    monkeypatch.setattr(totals_module, "LIST_BYTES", 20_000)
+    largest, add = 0, Totals.add
+
+    def watched(self: Totals, partials: pa.Table) -> Iterator[pa.Table]:
+        nonlocal largest
+        for table in add(self, partials):
+            largest = max(largest, table.nbytes)
+            yield table
+
+    monkeypatch.setattr(Totals, "add", watched)
+    aggregates = {"n": rf.count(), "values": rf.count_distinct("v")}
+    made: OperatorFactory
+    if trigger.rows is not None:
+        made = GlobalAggregate(keys=("k",), spec=global_window(trigger=trigger), aggregates=aggregates)
+    else:
+        made = GlobalTimeAggregate(keys=("k",), period_us=1_000, aggregates=aggregates, event_time="t")
+    operator, out = opened(made)
+    for begin in (0, 500):
+        operator.process(batch([(at % 3 // 2, at * 1_000, at) for at in range(begin, begin + 500)]), 0)
+    operator.on_watermark(MAX_WATERMARK)
+    operator.on_end()
+    results = [(row["k"], row["n"], row["values"]) for row in rows(out.batches[MAIN])]
+    step = trigger.rows or 1
+    for key, many in ((0, 667), (1, 333)):
+        told = sorted({*range(step, many + 1, step), many})
+        assert [row for row in results if row[0] == key] == [(key, n, n) for n in told]
+    assert largest < 100_000
 
 
 def by_clock(now: list[float], made: OperatorFactory | None = None) -> tuple[Operator, Collected]:
