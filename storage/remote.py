@@ -55,6 +55,7 @@ class S3Driver:
         self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
         self._options = options
         self._clients: dict[int, Any] = {}
+        self._conditions_hold = False
         self._lock = threading.Lock()
 
     def put(self, path: str, data: bytes) -> None:
@@ -77,10 +78,24 @@ class S3Driver:
             return PutOutcome.CREATED
 
         outcome, ambiguous = retried(attempt)
+        if outcome is PutOutcome.CREATED and not self._conditions_hold:
+            self._check_conditions(key, data)
         if outcome is PutOutcome.EXISTS and ambiguous and self.get(path) == data:
             # Our own earlier try, whose answer got lost. Writers who must tell themselves apart put a nonce in.
             return PutOutcome.CREATED
         return outcome
+
+    def _check_conditions(self, key: str, data: bytes) -> None:
+        """The same object again must be refused: some servers take the header and ignore it. Asked once a process."""
+        try:
+            self._call("put_object", Key=key, Body=data, IfNoneMatch="*")
+        except Exception as error:
+            self._conditions_hold = is_taken(error)  # else nothing was learnt; the next one asks again
+            return
+        raise OSError(
+            "the server ignores If-None-Match, so two runs could overwrite each other's checkpoints; use a store that "
+            "honours conditional writes (docs/storage.md)"
+        )
 
     def get(self, path: str) -> bytes:
         return retried(lambda: self._cat(path))[0]

@@ -335,3 +335,19 @@ def test_an_ambiguous_create_is_resolved_by_reading_back(
     driver = LostAnswer(moto_server.bucket().removeprefix("s3://"), moto_server.storage_options)
     driver.foreign = foreign
     assert driver.put_if_absent("a", b"mine") is expected
+
+
+class Ignorant(S3Driver):
+    """A server that takes conditional writes and knows no condition, as some do."""
+
+    def _call(self, method: str, **arguments: object) -> object:
+        arguments.pop("IfNoneMatch", None)
+        return super()._call(method, **arguments)
+
+
+def test_a_server_that_ignores_conditions_is_found_out(moto_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rayflow.storage.filesystem.S3Driver", Ignorant)
+    store = ObjectStore(moto_server.bucket(), moto_server.storage_options)
+    with pytest.raises(StorageError, match="ignores If-None-Match.*honours conditional writes") as caught:
+        store.put_if_absent("coordinators/00000001.claim.json", b"x")
+    assert caught.value.__cause__ is not None, "so that the job ends at once"
