@@ -8,6 +8,7 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from rayflow.config import Duration, duration_us
+from rayflow.errors import PlanError
 from rayflow.graph import Node, caller_location
 from rayflow.operators.base import Source
 from rayflow.operators.event_time import check_event_time
@@ -170,6 +171,11 @@ def read_source(
     ``event_time`` names the event time column; ``max_delay`` as in `Stream.with_event_time`, which, right
     behind the source, has further options.
     """
+    if event_time is not None and not isinstance(event_time, str):
+        raise PlanError(
+            f"step {name or label!r} ({caller_location()}): event_time= must name a column, got {event_time!r}; for an "
+            "expression or a function call .with_event_time(...) right behind the source"
+        )
     time = event_time_of(event_time, max_delay)
     declared = source.declared_schema()
     if declared is not None and event_time is not None:

@@ -383,6 +383,12 @@ def test_a_function_may_not_make_a_column_that_is_there() -> None:
         rf.from_arrow(pa.Table.from_batches([rows("a", 1)])).with_event_time(_minutes, into="who")
 
 
+def test_a_source_takes_no_function_and_says_where_to_give_it() -> None:
+    function: Any = _minutes
+    with pytest.raises(PlanError, match=r"^step 'from_arrow' \(test_event_time_flows.py:\d+\): .*with_event_time"):
+        rf.from_arrow(pa.Table.from_batches([rows("a", 1)]), event_time=function)
+
+
 def test_a_null_time_names_row_and_place() -> None:
     table = pa.table({"at": pa.array([1, None], pa.timestamp("s")), "who": ["a", "b"]})
     flow = rf.Flow("x", counts(rf.from_arrow(table).with_event_time("at")).collect())

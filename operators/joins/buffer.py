@@ -128,7 +128,7 @@ class Buffer:
         """Of the rows of a key that are not after ``time`` only the last is needed. Done when it is worth it."""
         if self.rows <= 2 * self._pruned_rows + PRUNE_ROWS:
             return
-        ranges = 1 if self._files is None else max(1, -(-sum(run.nbytes for run in self.runs) // self._run_bytes_max))
+        ranges = max(1, -(-sum(run.nbytes for run in self.runs) // self._run_bytes_max))
         kept: list[BufferedRun] = []
         for parts in hash_ranges([run.sorted for run in self.runs], ranges):
             whole = merged(parts)

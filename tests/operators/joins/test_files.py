@@ -149,6 +149,19 @@ def test_keys_that_are_no_plain_column_are_found_again(tmp_path: Path) -> None:
     assert str(after.rows.to_pylist()) == str(before.rows.to_pylist()), "who still has rows may go on reading them"
 
 
+def test_pruning_makes_no_run_that_is_too_large_in_memory_either(monkeypatch: Any) -> None:
+    """A string column has room for 2 GiB only."""
+    monkeypatch.setattr(buffer_module, "RUN_BYTES_MAX", 10_000)
+    monkeypatch.setattr(buffer_module, "PRUNE_ROWS", 1)
+    buffer = Buffer()
+    for at in range(40):
+        rows = pa.record_batch({"k": np.arange(100), "v": np.full(100, at)})
+        buffer.append(sort_rows(rows, ["k"], np.full(100, at)))
+    buffer.prune(3)
+    assert buffer.rows == 37 * 100
+    assert max(run.nbytes for run in buffer.runs) < 15_000
+
+
 def test_ranges_of_hashes_hold_every_row_once_and_every_key_in_one() -> None:
     runs = [sort_rows(pa.record_batch({"k": np.arange(100) % 23}), ["k"], np.arange(100) + at) for at in range(3)]
     found = hash_ranges(runs, 5)
