@@ -7,6 +7,7 @@ restore. A chain is named by its first operator, so a source's chain id is its o
 
 from __future__ import annotations
 
+import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -202,7 +203,9 @@ def _check_outputs(nodes: Sequence[Node]) -> None:
         path = getattr(node.operator, "path", None) if node.is_sink else None
         if path is None:
             continue
-        other = writers.setdefault(str(path).replace("s3a://", "s3://", 1), node)
+        url = str(path)
+        place = url.replace("s3a://", "s3://", 1) if "://" in url else os.path.realpath(url)
+        other = writers.setdefault(place, node)
         if other is not node:
             raise PlanError(
                 f"{node.where()} writes to {str(path)!r}, where {other.where()} writes already; give each sink a "

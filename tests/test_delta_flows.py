@@ -6,6 +6,7 @@ import datetime as dt
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,17 @@ def test_a_run_that_begins_with_a_savepoint_finds_what_the_first_has_committed(j
     second.open(CommitterContext("job", "another", "op", "step", 1))
     second.recover(named, fresh=False)
     assert job.values() == [0, 0]
+
+
+def test_a_step_with_a_long_name_can_write(job: Job) -> None:
+    operator = DeltaOperator(job.sink().committer()._table, "snappy", Rolling(), ())
+    operator.open(replace(context(), operator="long/" * 100), None)  # type: ignore[arg-type]
+    operator.process(DATA.slice(0, 1).to_batches()[0], 0)
+    frozen = operator.snapshot(7)  # type: ignore[arg-type]
+    assert frozen is not None
+    assert frozen.prepare is not None
+    assert len(frozen.prepare()) == 1
+    operator.close()
 
 
 def _prepared(job: Job, committer: DeltaCommitter, checkpoint: int = 7) -> list[Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pyarrow as pa
 import pytest
 
@@ -107,11 +109,14 @@ def test_explain_and_mermaid_show_chains_edges_and_keys() -> None:
     assert '-->|"hash(k)"|' in drawn
 
 
-def test_two_sinks_at_one_place_are_refused() -> None:
+def test_two_sinks_at_one_place_are_refused(tmp_path: Path) -> None:
     base = rows()
     with pytest.raises(PlanError, match=r"'second'.*writes to '/data/out', where step 'first'.*writes already"):
         plan_of(base.write_parquet("/data/out", name="first"), base.write_parquet("/data/out/", name="second"))
     with pytest.raises(PlanError, match="place of its own"):
         plan_of(base.write_parquet("s3://b/out"), base.write_parquet("s3a://b/out"))
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    with pytest.raises(PlanError, match="place of its own"):
+        plan_of(base.write_parquet(f"{tmp_path}/out"), base.write_parquet(f"{tmp_path}/link"))
     once = base.write_parquet("/data/out")
     plan_of(once, once, base.write_parquet("/data/out/deeper"))

@@ -7,6 +7,7 @@ an attempt that failed) is removed by ``VACUUM``, as the files of any other writ
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -28,6 +29,8 @@ from rayflow.operators.sources.paths import is_local
 
 PENDING = "_rayflow"
 """Below the table: files that are being written on the local disk. Names that begin so are not part of a table."""
+_NAME_MAX = 100
+"""Of the part of a file's name that is the name of a step."""
 _TEXT_MAX = 32
 """Longer texts say nothing in statistics."""
 
@@ -38,7 +41,10 @@ def place(url: str, options: Mapping[str, Any]) -> Target:
 
 def pending_prefix(ctx: OperatorContext | CommitterContext) -> str:
     """How the names of files begin that one sink of one job is writing."""
-    return f"{ctx.run_id}-{quote(ctx.operator, safe='')}-"
+    name = quote(ctx.operator, safe="")
+    if len(name) > _NAME_MAX:
+        name = f"~{hashlib.sha256(name.encode()).hexdigest()}"
+    return f"{ctx.run_id}-{name}-"
 
 
 class _LocalFiles(Target):

@@ -33,7 +33,7 @@ class LocalTarget(Target):
     def new_path(self, ctx: OperatorContext, seq: int, suffix: str) -> str:
         pending = os.path.join(self.folder, PENDING)
         os.makedirs(pending, exist_ok=True)
-        return os.path.join(pending, f"{ctx.attempt}-{ctx.subtask}-{seq}{suffix}")
+        return os.path.join(pending, f"{ctx.run_id}-{ctx.attempt}-{ctx.subtask}-{seq}{suffix}")
 
     def prepare(self, path: str, final: str, rows: int) -> Json:
         _sync(path)

@@ -203,7 +203,7 @@ def test_full_disk_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     if in_process:
         monkeypatch.setattr(files, "FLUSH_ROWS", 1)
     (tmp_path / "_rayflow").mkdir()
-    (tmp_path / "_rayflow" / "1-0-0.parquet").symlink_to("/dev/full")
+    (tmp_path / "_rayflow" / "run-1-0-0.parquet").symlink_to("/dev/full")
     operator = started(ParquetSink(tmp_path, compression="none"))
     big = pa.record_batch({"x": pa.array(range(500_000))})
     with pytest.raises(StorageError, match=r"step 'step' subtask 0/2 cannot write its output: .*No space left"):  # noqa: PT012
