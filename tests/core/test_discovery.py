@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from time import perf_counter
+from time import thread_time
 
 import pytest
 
@@ -193,9 +193,9 @@ def test_a_hundred_thousand_files_are_a_small_part_of_a_checkpoint() -> None:
     pool = watched()
     names = [(f"s3://bucket/some/folder/part-{n:08d}.parquet#0", None) for n in range(100_000)]
     pool.discovered(names)
-    began = perf_counter()
+    began = thread_time()
     seen = pool.seen()
-    froze = perf_counter() - began
+    froze = thread_time() - began
     assert seen is not None
     assert len(seen) == 100_000
     assert froze < 0.05, f"freezing took {froze:.3f} s on the loop"
