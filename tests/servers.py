@@ -81,9 +81,16 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 @contextlib.contextmanager
 def seaweed(folder: Path) -> Iterator[S3Server]:
     """Run ``weed mini`` on ``folder``."""
-    server = Seaweed(folder)
+    for tries_left in (2, 1, 0):
+        server = Seaweed(folder)
+        try:
+            server.start()
+            break
+        except RuntimeError:  # somebody else was faster to take one of its ports
+            server.kill()
+            if not tries_left:
+                raise
     try:
-        server.start()
         yield server.s3
     finally:
         server.kill()  # it takes seconds to say goodbye, and its data are temporary
