@@ -52,6 +52,8 @@ INTERVAL = "300ms"
 PATIENCE_S = 120.0
 AWAY_S = 2.0
 """How long servers are away at least."""
+NOTICED_S = 30.0
+"""How long a server may stay away that the job has rows for, until it has missed it."""
 MOST_LOOKS = 10
 
 
@@ -190,12 +192,15 @@ class Delivery:
         self._absent(self._kafka.away)
         databases = [each for each in self._targets if isinstance(each, PostgresTarget)]
         if databases:
-            self._absent(databases[0].away, meanwhile=lambda: self._produce(half, 0.5, 0.5))
+            self._absent(databases[0].away, meanwhile=lambda: self._produce(half, 0.5, 0.5), at_most_s=NOTICED_S)
         else:
             self._produce(half, 0.5, 0.5)
 
     def _absent(
-        self, away: Callable[[], AbstractContextManager[None]], meanwhile: Callable[[], None] = lambda: None
+        self,
+        away: Callable[[], AbstractContextManager[None]],
+        meanwhile: Callable[[], None] = lambda: None,
+        at_most_s: float = 2 * AWAY_S,
     ) -> None:
         """For some seconds, and until the job has missed it; it need not, when everything was there already."""
         self.run.outages += 1
@@ -203,7 +208,7 @@ class Delivery:
         with away():
             meanwhile()
             began = time.monotonic()
-            while (passed := time.monotonic() - began) < 2 * AWAY_S:
+            while (passed := time.monotonic() - began) < at_most_s:
                 if watch.missed() and passed > AWAY_S:
                     self.run.missed += 1
                     break
