@@ -85,9 +85,10 @@ def run(
     on_round: Callable[[World], None] | None = None,
     tolerable: int = 3,
     start: Start = "latest",
+    interval: str = "4ms",
 ) -> JobResult:
     config = rf.JobConfig(restart=rf.Restart.fixed(delay="1ms", max_attempts=50))
-    checkpoints = rf.CheckpointConfig(url, interval="4ms", tolerable_failures=tolerable, storage_options=options)
+    checkpoints = rf.CheckpointConfig(url, interval=interval, tolerable_failures=tolerable, storage_options=options)
     return run_local(rf.Flow("jöb", end).plan(parallelism=2, config=config), config, checkpoints,
                      start=start, on_round=on_round)  # fmt: skip
 
@@ -279,7 +280,7 @@ def test_prefixes_of_every_kind(s3_server: S3Server, tmp_path: Path) -> None:
     """For checkpoints, output, rows kept beside the checkpoints, and savepoints; each is found again."""
     bucket, options = s3_server.bucket(), s3_server.storage_options
     url, out = f"{bucket}/{AWKWARD}/chk", f"{bucket}/{AWKWARD}/out"
-    run(Rows().stream().write_parquet(out, storage_options=options), url, options)
+    run(Rows().stream().write_parquet(out, storage_options=options), url, options, interval="20ms")
     assert values(out, options) == list(range(N))
     client = s3_server.client()
     found = client.list_objects_v2(Bucket=bucket.removeprefix("s3://"))["Contents"]
@@ -298,7 +299,12 @@ def test_prefixes_of_every_kind(s3_server: S3Server, tmp_path: Path) -> None:
     run(rows.stream().write_parquet(f"{out} 2", storage_options=options), again, options, start=savepoint)
     assert rows.seen == 0, "all had been read before the savepoint"
 
-    run(Rows().stream().write_sqlite("t", path=str(tmp_path / "t.db")), f"{bucket}/{AWKWARD}/staged", options)
+    run(
+        Rows().stream().write_sqlite("t", path=str(tmp_path / "t.db")),
+        f"{bucket}/{AWKWARD}/staged",
+        options,
+        interval="20ms",
+    )
     with sqlite3.connect(tmp_path / "t.db") as database:
         assert sorted(v for (v,) in database.execute("SELECT v FROM t")) == list(range(N))
 
