@@ -9,9 +9,7 @@ from typing import Any
 import pytest
 
 import rayflow as rf
-from tests.kafka_server import KafkaServer, kafka, records
-
-__all__ = ["kafka"]
+from tests.kafka_server import KafkaServer, records
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 ADDRESS, TOPIC = '"localhost:9092"', '"orders"'

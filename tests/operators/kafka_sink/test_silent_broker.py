@@ -10,10 +10,8 @@ from rayflow.core.ids import CheckpointId
 from rayflow.errors import ConnectorError
 from rayflow.operators.kafka import producers, slots
 from rayflow.operators.kafka.sink import ExactlyOnceOperator
-from tests.kafka_server import KafkaServer, kafka
+from tests.kafka_server import KafkaServer
 from tests.operators.kafka_sink.place import Place, rows
-
-__all__ = ["kafka"]
 
 
 @pytest.fixture
