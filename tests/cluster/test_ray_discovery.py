@@ -93,11 +93,11 @@ def test_files_come_while_a_subtask_and_the_coordinator_die(tmp_path: Path) -> N
     folders.committed()
 
     folders.put(1)
-    assert job.stop(60).status == "stopped"
+    assert job.stop(120).status == "stopped"
     folders.put(2)
     job = folders.submit()
     folders.committed()
-    assert job.stop(60).status == "stopped"
+    assert job.stop(120).status == "stopped"
 
     assert folders.in_delta() == folders.in_sqlite() == list(range(folders.files * FILE_ROWS))
     commits = list(checkpoints_in(folders.delta))

@@ -46,7 +46,7 @@ def test_readers_die_while_messages_come(kafka: KafkaServer, tmp_path: Path) -> 
     kill(next(s.pid for s in job.subtasks() if s.step.startswith("read_kafka")))
     recovered(job, attempt)
     kafka.produce(topic, messages(HALF))
-    result = job.wait(60)
+    result = job.wait(120)
     table = result.table()
     assert result.restarts == 1
     assert sum(table["n"].to_pylist()) == 2 * HALF

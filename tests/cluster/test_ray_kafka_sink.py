@@ -41,7 +41,7 @@ def test_writers_die_and_readers_see_every_row_once(kafka: KafkaServer, tmp_path
         if n < KILLS:
             until(lambda n=n: len(seen(kafka, target)) > n * PART, "rows of this part are committed")  # type: ignore[misc]
             kill_and_recover(job, next(s.pid for s in job.subtasks() if "out" in s.step and s.index == n % 2))
-    result = job.wait(60)
+    result = job.wait(120)
     assert result.restarts == KILLS
     assert sorted(seen(kafka, target)) == list(range(total))
 
