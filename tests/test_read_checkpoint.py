@@ -13,7 +13,7 @@ import pytest
 
 import rayflow as rf
 from rayflow.checkpoint import Checkpoint, read_checkpoint
-from rayflow.core.manifest import Manifest, SplitState, encode
+from rayflow.core.manifest import FORMAT_VERSION, Manifest, SplitState, encode
 from rayflow.difference import diff
 from rayflow.errors import ConfigError, CorruptCheckpointError
 from rayflow.operators.base import DELETED, EXPIRES
@@ -192,9 +192,10 @@ def test_what_is_not_there_is_told_with_what_is(tmp_path: Path) -> None:
 def test_a_newer_format_version_is_refused(tmp_path: Path) -> None:
     manifest = by_hand(tmp_path)
     path = tmp_path / "chk-00000001" / "manifest.json"
-    path.write_bytes(encode(replace(manifest, version=3)))
+    newer = FORMAT_VERSION + 1
+    path.write_bytes(encode(replace(manifest, version=newer)))
     for url in (tmp_path, path.parent):
-        with pytest.raises(CorruptCheckpointError, match="format version 3.*upgrade rayflow"):
+        with pytest.raises(CorruptCheckpointError, match=f"format version {newer}.*upgrade rayflow"):
             read_checkpoint(str(url))
 
 
