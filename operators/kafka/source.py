@@ -243,6 +243,8 @@ class KafkaSource(Source):
     def _consuming(self, ctx: OperatorContext) -> dict[str, Any]:
         return {
             "log_level": 2,  # what its connections suffer is told by errors, when it matters
+            # A second, as it comes: whoever reads faster than its full queue lasts would then wait for messages.
+            "fetch.queue.backoff.ms": 10,
             **self.options,
             "bootstrap.servers": self.servers,
             "group.id": self.group or f"rayflow-{ctx.job}",
