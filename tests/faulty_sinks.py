@@ -1,4 +1,7 @@
-"""A sink that fails once, where it hurts: in the pre-commit, before a commit, behind one that nobody has heard of."""
+"""A sink that fails once, where it hurts: in the pre-commit, before a commit, behind one that nobody has heard of.
+
+And the small job, in this process, that writes to it.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 
@@ -14,6 +17,7 @@ import rayflow as rf
 from rayflow.core.ids import CheckpointId
 from rayflow.core.manifest import Json
 from rayflow.operators.base import Committer, CommitterContext, FrozenState, SinkOperator
+from tests.failing import FailsOnce
 
 Fault = Literal["in prepare", "before commit", "after commit"]
 
@@ -93,3 +97,43 @@ class FaultyCommitter(Committer):
 
 class FaultyWhole(FaultyCommitter):
     whole = True
+
+
+class SmallJob:
+    """A job that reads ``data`` in small batches, with checkpoints as often as they go."""
+
+    data: ClassVar[pa.Table]
+    batch_rows: ClassVar[int] = 20
+    interval: ClassVar[str] = "4ms"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def its_sink(self) -> Any:
+        """What `run` writes to when it is not told."""
+        raise NotImplementedError
+
+    def run(
+        self,
+        sink: Any = None,
+        *,
+        stream: rf.Stream | None = None,
+        parallelism: int = 2,
+        restart: Any = None,
+        interval: str | None = None,
+    ) -> None:
+        rows = stream or rf.from_arrow(self.data, batch_rows=self.batch_rows)
+        every = interval or self.interval
+        rf.Flow("job", rows.rebalance().write(sink or self.its_sink())).run(
+            parallelism=parallelism,
+            local=True,
+            progress=False,
+            checkpoints=rf.CheckpointConfig(str(self.folder / "chk"), interval=every, min_pause="0s"),
+            config=rf.JobConfig(restart=restart or rf.Restart.fixed(delay="0s")),
+        )
+
+    def failing(self, after: int, name: str = "failed", batch_rows: int | None = None) -> rf.Stream:
+        """The rows, through a step that fails once behind so many of them; ``name``: of the file that says it has."""
+        rows = rf.from_arrow(self.data, batch_rows=batch_rows or self.batch_rows)
+        marker = str(self.folder / name)
+        return rows.map_batches(FailsOnce, fn_constructor_args=(marker, after), schema=self.data.schema)

@@ -23,8 +23,7 @@ from rayflow.operators.delta import files
 from rayflow.operators.delta.files import DeltaOperator
 from rayflow.operators.delta.sink import DeltaCommitter, DeltaSink
 from rayflow.operators.sinks.files import Rolling
-from tests.failing import FailsOnce
-from tests.faulty_sinks import Fault, FaultySink
+from tests.faulty_sinks import Fault, FaultySink, SmallJob
 from tests.operators.helpers import context
 from tests.servers import S3Server
 
@@ -33,39 +32,19 @@ DATA = pa.table({"k": [i % 7 for i in range(N)], "v": pa.array(range(N), pa.int6
 LADDER = (1, 2, 3, 5, 2, 3, 1)
 
 
-class Job:
-    """A job that reads `DATA` in small batches into a table, with checkpoints as often as they go."""
+class Job(SmallJob):
+    data = DATA
 
     def __init__(self, folder: Path, url: str = "", options: dict[str, Any] | None = None) -> None:
-        self.folder = folder
+        super().__init__(folder)
         self.url = url or str(folder / "table")
         self.options = options or {}
 
     def sink(self, **more: Any) -> DeltaSink:
         return DeltaSink(self.url, storage_options=self.options, **more)
 
-    def run(
-        self,
-        sink: Any = None,
-        *,
-        stream: rf.Stream | None = None,
-        parallelism: int = 2,
-        restart: Any = None,
-        interval: str = "4ms",
-    ) -> None:
-        rows = stream or rf.from_arrow(DATA, batch_rows=20)
-        rf.Flow("job", rows.rebalance().write(sink or self.sink())).run(
-            parallelism=parallelism,
-            local=True,
-            progress=False,
-            checkpoints=rf.CheckpointConfig(str(self.folder / "chk"), interval=interval, min_pause="0s"),
-            config=rf.JobConfig(restart=restart or rf.Restart.fixed(delay="0s")),
-        )
-
-    def failing(self, after: int, name: str = "failed") -> rf.Stream:
-        rows = rf.from_arrow(DATA, batch_rows=20)
-        marker = str(self.folder / name)
-        return rows.map_batches(FailsOnce, fn_constructor_args=(marker, after), schema=DATA.schema)
+    def its_sink(self) -> Any:
+        return self.sink()
 
     def table(self) -> Any:
         return DeltaTable(self.url, storage_options=self.sink().committer()._table.log_options())

@@ -23,8 +23,7 @@ from rayflow.operators.iceberg.files import IcebergOperator, _TableFiles
 from rayflow.operators.iceberg.sink import IcebergCommitter, IcebergSink
 from rayflow.operators.iceberg.table import KeepingIO
 from rayflow.operators.sinks.files import Rolling
-from tests.failing import FailsOnce
-from tests.faulty_sinks import Fault, FaultySink
+from tests.faulty_sinks import Fault, FaultySink, SmallJob
 from tests.kafka_server import free_port
 from tests.operators.helpers import context
 from tests.servers import Seaweed
@@ -34,11 +33,13 @@ DATA = pa.table({"k": [i % 7 for i in range(N)], "v": pa.array(range(N), pa.int6
 LADDER = (1, 3, 2)
 
 
-class Job:
-    """A job that reads `DATA` in small batches into a table, with checkpoints as often as they go."""
+class Job(SmallJob):
+    data = DATA
+    batch_rows = 10
+    interval = "2ms"
 
     def __init__(self, folder: Path, catalog: Mapping[str, str] | None = None) -> None:
-        self.folder = folder
+        super().__init__(folder)
         lake = {"type": "sql", "uri": f"sqlite:///{folder}/catalog.db", "warehouse": f"file://{folder}/some lake"}
         self.catalog = dict(catalog or lake)
         self.name = f"lake.rows_{uuid.uuid4().hex}"
@@ -46,28 +47,8 @@ class Job:
     def sink(self, **more: Any) -> IcebergSink:
         return IcebergSink(self.name, catalog=self.catalog, **more)
 
-    def run(
-        self,
-        sink: Any = None,
-        *,
-        stream: rf.Stream | None = None,
-        parallelism: int = 2,
-        restart: Any = None,
-        interval: str = "2ms",
-    ) -> None:
-        rows = stream or rf.from_arrow(DATA, batch_rows=10)
-        rf.Flow("job", rows.rebalance().write(sink or self.sink())).run(
-            parallelism=parallelism,
-            local=True,
-            progress=False,
-            checkpoints=rf.CheckpointConfig(str(self.folder / "chk"), interval=interval, min_pause="0s"),
-            config=rf.JobConfig(restart=restart or rf.Restart.fixed(delay="0s")),
-        )
-
-    def failing(self, after: int, name: str = "failed", batch_rows: int = 10) -> rf.Stream:
-        rows = rf.from_arrow(DATA, batch_rows=batch_rows)
-        marker = str(self.folder / name)
-        return rows.map_batches(FailsOnce, fn_constructor_args=(marker, after), schema=DATA.schema)
+    def its_sink(self) -> Any:
+        return self.sink()
 
     def others(self) -> Any:
         """The catalog, as another program has it."""

@@ -27,8 +27,7 @@ from rayflow.operators.sql.segments import Flush
 from rayflow.operators.sql.sinks import PostgresGuarantee, PostgresSink
 from rayflow.operators.sql.two_phase import TwoPhaseCommitter
 from rayflow.operators.sql.write_ahead import WriteAheadCommitter
-from tests.failing import FailsOnce
-from tests.faulty_sinks import Fault, FaultyCommitter, FaultySink
+from tests.faulty_sinks import Fault, FaultyCommitter, FaultySink, SmallJob
 from tests.postgres_server import PostgresServer
 
 N = 400
@@ -40,40 +39,17 @@ LADDER = (1, 2, 3, 5, 2, 3, 1)
 # ------------------------------------------------------------------------------------------------------------ the jobs
 
 
-class Job:
-    """A job that reads `DATA` in small batches, with checkpoints as often as they go."""
+class Job(SmallJob):
+    data = DATA
 
     def __init__(self, server: PostgresServer, folder: Path) -> None:
+        super().__init__(folder)
         self.server = server
-        self.folder = folder
         self.schema = server.schema()
 
     def sink(self, how: PostgresGuarantee, *key: str, batch_rows: int = 1_000) -> PostgresSink:
         table = PostgresTable("t", self.server.url, schema=self.schema, key=key)
         return PostgresSink(table, how=how, flush=Flush(rows=batch_rows))
-
-    def run(
-        self,
-        sink: Any,
-        *,
-        stream: rf.Stream | None = None,
-        parallelism: int = 2,
-        restart: Any = None,
-        interval: str = "4ms",
-    ) -> None:
-        rows = stream or rf.from_arrow(DATA, batch_rows=20)
-        rf.Flow("job", rows.rebalance().write(sink)).run(
-            parallelism=parallelism,
-            local=True,
-            progress=False,
-            checkpoints=rf.CheckpointConfig(str(self.folder / "chk"), interval=interval, min_pause="0s"),
-            config=rf.JobConfig(restart=restart or rf.Restart.fixed(delay="0s")),
-        )
-
-    def failing(self, after: int, name: str = "failed") -> rf.Stream:
-        marker = str(self.folder / name)
-        rows = rf.from_arrow(DATA, batch_rows=20)
-        return rows.map_batches(FailsOnce, fn_constructor_args=(marker, after), schema=DATA.schema)
 
     def values(self) -> list[int]:
         return sorted(v for (v,) in self.server.rows(self.schema, "t", "v"))

@@ -23,6 +23,7 @@ from rayflow.operators.base import CommitterContext, OperatorContext
 from rayflow.operators.delta.table import DeltaTable, check_columns, columns_of
 from rayflow.operators.sinks.files import FileSinkOperator, Rolling, Target
 from rayflow.operators.sinks.hive import NULL, HiveFolders
+from rayflow.operators.sinks.local import sync
 from rayflow.operators.sinks.parquet import ParquetFormat
 from rayflow.operators.sinks.s3 import Bucket, S3Target
 from rayflow.operators.sources.paths import is_local
@@ -60,12 +61,12 @@ class _LocalFiles(Target):
         target = os.path.join(self._folder, final)
         os.makedirs(os.path.dirname(target), exist_ok=True)
         if os.path.exists(path):  # else it was moved by a try that failed behind that
-            _sync(path)
+            sync(path)
             os.replace(path, target)
         stats, nbytes = statistics(target), os.path.getsize(target)
         folder = os.path.dirname(target)
         while True:  # the folders of partitions may be new, up to that of the table
-            _sync(folder)
+            sync(folder)
             if os.path.samefile(folder, self._folder):
                 break
             folder = os.path.dirname(folder)
@@ -172,14 +173,6 @@ def _plain(value: object) -> bool:
     if isinstance(value, str):
         return len(value) <= _TEXT_MAX
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _sync(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def missing(url: str, options: Mapping[str, Any], committable: Json) -> bool:

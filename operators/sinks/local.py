@@ -36,8 +36,8 @@ class LocalTarget(Target):
         return os.path.join(pending, f"{ctx.run_id}-{ctx.attempt}-{ctx.subtask}-{seq}{suffix}")
 
     def prepare(self, path: str, final: str, rows: int) -> Json:
-        _sync(path)
-        _sync(os.path.dirname(path))
+        sync(path)
+        sync(os.path.dirname(path))
         return {"pending": os.path.basename(path), "final": final, "rows": rows, "nbytes": os.path.getsize(path)}
 
 
@@ -68,7 +68,7 @@ class LocalCommitter(Committer):
                     self._publish(committable)
             for folder in self._folders_of(committables):
                 if os.path.isdir(folder):  # not one whose files were all merged away and that somebody removed
-                    _sync(folder)
+                    sync(folder)
             if self.manifest:
                 self._record(committables)
         except OSError as error:
@@ -120,8 +120,8 @@ class LocalCommitter(Committer):
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, os.path.join(folder, name))
-        _sync(folder)
-        _sync(self.folder)
+        sync(folder)
+        sync(self.folder)
 
     def _publish(self, committable: Json) -> None:
         pending, final = self._pending(committable["pending"]), os.path.join(self.folder, committable["final"])
@@ -185,7 +185,8 @@ class LocalCommitter(Committer):
             )
 
 
-def _sync(path: str) -> None:
+def sync(path: str) -> None:
+    """Make a file, or the entries of a folder, survive a loss of power."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
