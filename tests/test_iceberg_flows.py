@@ -350,12 +350,21 @@ def test_files_and_property_are_there_together_or_not_at_all(job: Job, monkeypat
     monkeypatch.setattr(type(catalog), "commit_table", struck)
     with pytest.raises(rf.ConnectorError, match="before"):
         committer.commit(named)
-    assert (job.values(), committer.mark in job.table().properties) == ([], False)
+    assert (job.values(), committer.mark(named[0]) in job.table().properties) == ([], False)
     with pytest.raises(rf.ConnectorError, match="behind"):
         committer.commit(named)
     assert {"add-snapshot", "set-snapshot-ref", "set-properties"} <= set(sent[-1])
     committer.commit(named)
     assert len(sent) == 2, "the table knows of it, so nothing more is sent"
+    assert job.values() == [0]
+
+
+def test_a_run_that_begins_with_a_savepoint_finds_what_the_first_has_committed(job: Job) -> None:
+    committer, named = _prepared(job)
+    committer.commit(named)
+    second = job.sink().committer()
+    second.open(CommitterContext("job", "another", "op", "step", 1))
+    second.recover(named, fresh=False)
     assert job.values() == [0]
 
 
@@ -430,7 +439,7 @@ def test_broken_variant_that_lets_manifests_be_deleted_loses_the_table(
 
 
 def test_broken_variant_that_does_not_ask_the_table_writes_twice(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(IcebergCommitter, "mark", property(lambda self: f"never-{id(object())}-asked"))
+    monkeypatch.setattr(IcebergCommitter, "mark", lambda self, committable: f"never-{uuid.uuid4()}-asked")
     job.run(FaultySink(job.sink(), "after commit", str(job.folder / "struck")))
     assert len(job.values()) > N
 

@@ -54,7 +54,7 @@ class IcebergOperator(FileSinkOperator):
         self._files.found = found
 
     def committable(self, checkpoint: CheckpointId, payload: Json) -> Json:
-        return {**payload, "checkpoint": checkpoint}
+        return {**payload, "run": self.ctx.run_id, "checkpoint": checkpoint}
 
 
 class _TableFiles(Target):

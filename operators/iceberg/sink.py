@@ -102,10 +102,10 @@ class IcebergCommitter(Committer):
         self._partition_by = partition_by
         self._refuse_existing = refuse_existing
 
-    @property
-    def mark(self) -> str:
-        """The table property that holds the newest checkpoint of this sink of this run."""
-        return f"rayflow.checkpoint.{self.ctx.run_id}.{self.ctx.operator}"
+    def mark(self, committable: Json) -> str:
+        """The table property that holds the newest checkpoint of this sink, of the run that prepared the file: one that
+        begins with a savepoint finds what the first has committed since."""
+        return f"rayflow.checkpoint.{committable['run']}.{self.ctx.operator}"
 
     def commit(self, committables: Sequence[Json]) -> None:
         if not committables:
@@ -123,13 +123,14 @@ class IcebergCommitter(Committer):
 
         self._check_table(table, committables)
         # A manifest holds all that was prepared up to its checkpoint and not committed before, so the checkpoint in the
-        # table says of every file whether it is in there.
-        known = int(table.properties.get(self.mark, -1))
-        due = [c for c in committables if c["checkpoint"] > known]
+        # table of the run that prepared a file says whether it is in there.
+        due = [c for c in committables if c["checkpoint"] > int(table.properties.get(self.mark(c), -1))]
         if not due:
             return True
         self._check_files(table, due)
-        newest = str(max(c["checkpoint"] for c in due))
+        due.sort(key=lambda c: int(c["checkpoint"]))
+        marks = {self.mark(c): str(c["checkpoint"]) for c in due}
+        newest = str(due[-1]["checkpoint"])
         told = {"rayflow.job": self.ctx.job, "rayflow.run": self.ctx.run_id, "rayflow.checkpoint": newest}
         handle = tries_once(table, self._partition_by)
         io, transaction = handle.io, handle.transaction()
@@ -144,7 +145,7 @@ class IcebergCommitter(Committer):
         except Exception as error:
             raise self._table.failed("commit to", error) from error
         try:
-            transaction.set_properties({self.mark: newest})
+            transaction.set_properties(marks)
             transaction.commit_transaction()
         except CommitFailedException:
             return False
