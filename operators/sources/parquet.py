@@ -18,10 +18,10 @@ import pyarrow.parquet as pq
 
 from rayflow.core.manifest import Json
 from rayflow.errors import ConfigError, DataError, PlanError, StorageError
-from rayflow.operators.base import OperatorContext, Polled, Source, SplitReader
+from rayflow.operators.base import OperatorContext, Polled, SplitReader
 from rayflow.operators.sources.paths import FileInfo, Paths, find_files, is_local, normalise, open_fs
 from rayflow.operators.sources.schemas import conform, describe, difference, plain, same_columns
-from rayflow.operators.sources.watching import Seen, check_interval, is_gone, none_yet, visible_files
+from rayflow.operators.sources.watching import Seen, WatchedSource, check_interval, is_gone, none_yet, visible_files
 
 SPLIT_ROWS = 1_000_000
 """Row groups are taken together until a split has so many rows: enough work for one hand-out, little to redo."""
@@ -33,7 +33,7 @@ time in batches of 65,536 rows and 0.74 s in batches of 262,144."""
 
 
 @dataclass(frozen=True)
-class ParquetSource(Source):
+class ParquetSource(WatchedSource):
     """Reads Parquet files: a path, a list, a glob, a folder (all ``.parquet`` below it) or any fsspec URL of these.
 
     Batches have the columns of the file's schema, without metadata and with dictionaries decoded; with ``columns`` only
@@ -78,18 +78,6 @@ class ParquetSource(Source):
     def declared_schema(self) -> pa.Schema | None:
         """The schema, if that of the files was given."""
         return None if self.file_schema is None else self.schema()
-
-    @property
-    def bounded(self) -> bool:
-        return self.watch_s is None
-
-    @property
-    def in_turns(self) -> bool:
-        return False
-
-    @property
-    def discovery_interval_s(self) -> float | None:
-        return self.watch_s
 
     def discover(self) -> Sequence[tuple[str, Json]]:
         """Splits of about `SPLIT_ROWS` rows in reading order, of watched files one each. Raises `DataError` when files

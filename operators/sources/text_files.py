@@ -18,12 +18,12 @@ import pyarrow as pa
 
 from rayflow.core.manifest import Json
 from rayflow.errors import ConfigError, DataError, PlanError
-from rayflow.operators.base import OperatorContext, Source, SplitReader
+from rayflow.operators.base import OperatorContext, SplitReader
 from rayflow.operators.sources import lines
 from rayflow.operators.sources.lines import LineBlocks, LineReader, Parser, compressed, open_binary
 from rayflow.operators.sources.paths import FileInfo, Paths, find_files, normalise
 from rayflow.operators.sources.schemas import describe, plain
-from rayflow.operators.sources.watching import Seen, check_interval, is_gone, visible_files
+from rayflow.operators.sources.watching import Seen, WatchedSource, check_interval, is_gone, visible_files
 
 BOM = b"\xef\xbb\xbf"
 _COMPRESSED = ("", ".gz", ".bz2", ".xz", ".zst", ".zip")
@@ -38,7 +38,7 @@ class Opening:
     data_start: int
 
 
-class TextSource(Source):
+class TextSource(WatchedSource):
     """What CSV and JSON have in common."""
 
     _suffixes: tuple[str, ...]
@@ -100,18 +100,6 @@ class TextSource(Source):
     def declared_schema(self) -> pa.Schema | None:
         """The schema that was given; None when only the files tell."""
         return None if self._given is None else self.schema()
-
-    @property
-    def bounded(self) -> bool:
-        return self.watch_s is None
-
-    @property
-    def in_turns(self) -> bool:
-        return False
-
-    @property
-    def discovery_interval_s(self) -> float | None:
-        return self.watch_s
 
     def discover(self) -> Sequence[tuple[str, Json]]:
         """Byte ranges of about 64 MB; one for a compressed or watched file. Raises `DataError` when headers differ."""

@@ -11,7 +11,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rayflow.errors import ConfigError, DataError
+from rayflow.operators.base import Source
 from rayflow.operators.sources.paths import FileInfo, Paths, StorageOptions, find_files
+
+
+class WatchedSource(Source):
+    """Files, read one after another; for ever where they are watched."""
+
+    watch_s: float | None
+    """How often to look for new ones; None: those of the beginning are all."""
+
+    @property
+    def bounded(self) -> bool:
+        return self.watch_s is None
+
+    @property
+    def in_turns(self) -> bool:
+        return False
+
+    @property
+    def discovery_interval_s(self) -> float | None:
+        return self.watch_s
 
 
 def check_interval(watch_s: float | None, *, function: str) -> None:
